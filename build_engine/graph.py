@@ -1,0 +1,287 @@
+"""The MiniCPM4 forward pass as an ONNX graph (spec: infllmv2.md 2), one ragged step of any batch (DESIGN 7).
+
+The graph names its weights but holds none: norms and the embedding are initializers without data, every
+projection is an `edge.Linear` placeholder that names the checkpoint tensors it stacks. Lowering
+(build_engine/lowering.py) picks operators and packs weights for one target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import plugins
+from edge.config import LongRope, ModelConfig
+
+INT32 = TensorProto.INT32
+
+
+@dataclass(frozen=True)
+class GraphTypes:
+    """Element types of one target: activations, and what the KV pool stores."""
+
+    activation: int = TensorProto.FLOAT
+    kv: int = TensorProto.FLOAT16
+
+
+@dataclass
+class _Builder:
+    """Collects nodes; a value's name is the name of the node that made it."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+
+    def op(self, op_type: str, name: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        names = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(op_type, list(inputs), names, name=name, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def edge(self, op_type: str, name: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """An operator of domain `edge`; TensorRT looks for a plugin because of the two plugin attributes."""
+        return self.op(
+            op_type,
+            name,
+            *inputs,
+            outputs=outputs,
+            domain=plugins.DOMAIN,
+            plugin_namespace="",
+            plugin_version="1",
+            **attributes,
+        )
+
+    def linear(self, name: str, x: str, weights: list[str], in_features: int, out_features: int) -> str:
+        """x [T, in] times the stacked rows of `weights` transposed -> [T, out]."""
+        return self.op(
+            "Linear",
+            name,
+            x,
+            domain=plugins.DOMAIN,
+            weights=weights,
+            in_features=in_features,
+            out_features=out_features,
+        )
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.initializers.append(numpy_helper.from_array(value, name))
+        return name
+
+    def weight(self, name: str, shape: list[int], element_type: int) -> str:
+        """An initializer whose data lowering will supply from the checkpoint tensor of the same name."""
+        tensor = TensorProto(name=name, dims=shape, data_type=element_type)
+        tensor.data_location = TensorProto.EXTERNAL
+        self.initializers.append(tensor)
+        return name
+
+
+def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.ModelProto:  # noqa: B008
+    """The whole model. Inputs and outputs: `graph_inputs`, `graph_outputs`."""
+    b = _Builder()
+    hidden = _embed(b, config, types)
+    cos, sin = _rope_tables(b, config)
+    normed = b.edge(
+        "RMSNorm",
+        "layers.0.input_norm",
+        hidden,
+        b.weight(_layer(0, "input_layernorm.weight"), [config.hidden_size], types.activation),
+        epsilon=config.rms_norm_eps,
+    )
+    for index in range(config.num_hidden_layers):
+        hidden, normed = _decoder_layer(b, config, types, index, hidden, normed, cos, sin)
+    _head(b, config, types, normed)
+    graph = helper.make_graph(
+        b.nodes, "minicpm4", graph_inputs(config, types), graph_outputs(config, types), b.initializers
+    )
+    return helper.make_model(
+        graph,
+        functions=plugins.functions(),
+        opset_imports=[
+            helper.make_opsetid("", plugins.OPSET),
+            helper.make_opsetid(plugins.DOMAIN, plugins.DOMAIN_VERSION),
+        ],
+        ir_version=10,
+        producer_name="minicpm-edge",
+    )
+
+
+def uses_rope_length(config: ModelConfig) -> bool:
+    """Whether the choice between LongRoPE's two lists can make a difference, and so is an input of the graph."""
+    rope = config.long_rope
+    return rope is not None and rope.short_factor != rope.long_factor
+
+
+def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoProto]:
+    """T new tokens of B sequences; P page-table columns; R rows that need logits.
+
+    `rope_length` [B] (only if `uses_rope_length`) is the length that selects LongRoPE's factor list: the whole
+    prompt's during its chunked prefill, then the context's, so that chunking never changes the result.
+    """
+    inputs = [
+        helper.make_tensor_value_info("input_ids", INT32, ["T"]),
+        helper.make_tensor_value_info("positions", INT32, ["T"]),
+        helper.make_tensor_value_info("query_start", INT32, ["B_plus_1"]),
+        helper.make_tensor_value_info("page_table", INT32, ["B", "P"]),
+        helper.make_tensor_value_info("logits_rows", INT32, ["R"]),
+    ]
+    if uses_rope_length(config):
+        inputs.append(helper.make_tensor_value_info("rope_length", INT32, ["B"]))
+    return inputs + _pools(config, types, "kv_pool")
+
+
+def graph_outputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoProto]:
+    """`logits` [R, vocab] float32, and each layer's pool after the step (the same memory as its input)."""
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", config.vocab_size])
+    return [logits, *_pools(config, types, "kv_pool_out")]
+
+
+def _pools(config: ModelConfig, types: GraphTypes, prefix: str) -> list[onnx.ValueInfoProto]:
+    shape = ["pages", 2, config.num_key_value_heads, plugins.PAGE_TOKENS, config.head_dim]
+    return [
+        helper.make_tensor_value_info(f"{prefix}.{index}", types.kv, shape)
+        for index in range(config.num_hidden_layers)
+    ]
+
+
+def _layer(index: int, name: str) -> str:
+    return f"model.layers.{index}.{name}"
+
+
+def _embed(b: _Builder, config: ModelConfig, types: GraphTypes) -> str:
+    table = b.weight("model.embed_tokens.weight", [config.vocab_size, config.hidden_size], types.activation)
+    rows = b.op("Gather", "embed.rows", table, "input_ids", axis=0)
+    wide = b.op("Cast", "embed.cast", rows, to=types.activation)
+    scale = b.constant(
+        "scale_emb", np.array(config.scale_emb, helper.tensor_dtype_to_np_dtype(types.activation))
+    )
+    return b.op("Mul", "embed", wide, scale)
+
+
+def _rope_tables(b: _Builder, config: ModelConfig) -> tuple[str, str]:
+    """cos and sin [T, d/2] in float32, in Hugging Face's order: fl(fl(p * fl(1/ext)) * base) (spec 2)."""
+    half = config.head_dim // 2
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    base = (np.float32(1) / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    rope = config.long_rope or LongRope((1.0,) * half, (1.0,) * half, config.max_position_embeddings)
+    base_frequency = b.constant("rope.base_frequency", base[None])
+    column = b.op("Unsqueeze", "rope.column", "positions", b.constant("rope.axis", np.array([1], np.int64)))
+    position = b.op("Cast", "rope.position", column, to=TensorProto.FLOAT)
+
+    inverse = b.constant("rope.short", np.float32(1) / np.asarray(rope.short_factor, np.float32)[None])
+    if uses_rope_length(config):
+        long = b.constant("rope.long", np.float32(1) / np.asarray(rope.long_factor, np.float32)[None])
+        inverse = b.op("Where", "rope.inverse", _rope_is_long(b, rope), long, inverse)
+    stretched = b.op("Mul", "rope.stretched", position, inverse)
+    angle = b.op("Mul", "rope.angle", stretched, base_frequency)
+    cos, sin = b.op("Cos", "rope.cos", angle), b.op("Sin", "rope.sin", angle)
+    if config.rope_attention_factor == 1.0:
+        return cos, sin
+    factor = b.constant("rope.factor", np.array(config.rope_attention_factor, np.float32))
+    return b.op("Mul", "rope.cos_scaled", cos, factor), b.op("Mul", "rope.sin_scaled", sin, factor)
+
+
+def _rope_is_long(b: _Builder, rope: LongRope) -> str:
+    """[T, 1] bool: the row's sequence is longer than the original maximum."""
+    limit = b.constant("rope.original_length", np.array(rope.original_max_position_embeddings, np.int32))
+    is_long = b.op("Greater", "rope.sequence_is_long", "rope_length", limit)
+    # Row t belongs to the sequence whose number is the count of sequences that end at or before t.
+    start = b.constant("rope.one", np.array([1], np.int64))
+    end = b.constant("rope.end", np.array([2**31 - 1], np.int64))
+    zero, one = b.constant("rope.zero", np.array(0, np.int64)), b.constant("rope.step", np.array(1, np.int64))
+    tokens = b.op(
+        "Squeeze",
+        "rope.tokens",
+        b.op("Shape", "rope.shape", "positions"),
+        b.constant("rope.axis0", np.array([0], np.int64)),
+    )
+    rows = b.op("Unsqueeze", "rope.rows", b.op("Range", "rope.range", zero, tokens, one), start)
+    ends = b.op("Slice", "rope.ends", b.op("Cast", "rope.starts", "query_start", to=TensorProto.INT64), start, end)
+    ended = b.op("Cast", "rope.ended", b.op("LessOrEqual", "rope.has_ended", ends, rows), to=TensorProto.INT64)
+    sequence = b.op("ReduceSum", "rope.sequence", ended, start, keepdims=1)
+    return b.op("Gather", "rope.is_long", is_long, sequence, axis=0)
+
+
+def _decoder_layer(
+    b: _Builder, c: ModelConfig, types: GraphTypes, index: int, hidden: str, normed: str, cos: str, sin: str
+) -> tuple[str, str]:
+    """(hidden, the next norm's output). Each norm is fused with the residual add before it."""
+    name, attention_width = f"layers.{index}", c.num_attention_heads * c.head_dim
+    kv_width = c.num_key_value_heads * c.head_dim
+    qkv = b.linear(
+        f"{name}.qkv",
+        normed,
+        [_layer(index, f"self_attn.{p}_proj.weight") for p in "qkv"],
+        c.hidden_size,
+        attention_width + 2 * kv_width,
+    )
+    pool_in, pool_out = f"kv_pool.{index}", f"kv_pool_out.{index}"
+    attended = f"{name}.attention"
+    b.nodes.append(
+        helper.make_node(
+            "PagedAttention",
+            [qkv, cos, sin, pool_in, "positions", "query_start", "page_table"],
+            [attended, pool_out],
+            name=attended,
+            domain=plugins.DOMAIN,
+            plugin_namespace="",
+            plugin_version="1",
+            num_heads=c.num_attention_heads,
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            scale=c.head_dim**-0.5,
+        )
+    )
+    if index == c.num_hidden_layers - 1:
+        # From here on only the rows that need logits matter.
+        attended = b.op("Gather", "head.attention_rows", attended, "logits_rows", axis=0)
+        hidden = b.op("Gather", "head.hidden_rows", hidden, "logits_rows", axis=0)
+    out = b.linear(
+        f"{name}.o", attended, [_layer(index, "self_attn.o_proj.weight")], attention_width, c.hidden_size
+    )
+    post_norm = _layer(index, "post_attention_layernorm.weight")
+    hidden, normed = _add_norm(b, c, types, f"{name}.post_norm", hidden, out, post_norm)
+    gate_up = b.linear(
+        f"{name}.gate_up",
+        normed,
+        [_layer(index, f"mlp.{p}_proj.weight") for p in ("gate", "up")],
+        c.hidden_size,
+        2 * c.intermediate_size,
+    )
+    gated = b.edge("SwiGLU", f"{name}.swiglu", gate_up)
+    down = b.linear(
+        f"{name}.down", gated, [_layer(index, "mlp.down_proj.weight")], c.intermediate_size, c.hidden_size
+    )
+    last = index == c.num_hidden_layers - 1
+    next_norm = "model.norm.weight" if last else _layer(index + 1, "input_layernorm.weight")
+    return _add_norm(b, c, types, f"{name}.next_norm", hidden, down, next_norm)
+
+
+def _add_norm(
+    b: _Builder, c: ModelConfig, types: GraphTypes, name: str, hidden: str, branch: str, weight: str
+) -> tuple[str, str]:
+    total, normed = b.edge(
+        "AddRMSNorm",
+        name,
+        hidden,
+        branch,
+        b.weight(weight, [c.hidden_size], types.activation),
+        outputs=2,
+        scale=c.residual_scale,
+        epsilon=c.rms_norm_eps,
+    )
+    return total, normed
+
+
+def _head(b: _Builder, c: ModelConfig, types: GraphTypes, normed: str) -> None:
+    """logits = W_head (h / (hidden_size / dim_model_base)), float32 whatever the activations are."""
+    if c.logit_divisor != 1:
+        dtype = helper.tensor_dtype_to_np_dtype(types.activation)
+        normed = b.op("Mul", "head.scaled", normed, b.constant("head.scale", np.array(1 / c.logit_divisor, dtype)))
+    weight = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+    if types.activation == TensorProto.FLOAT:
+        b.linear("logits", normed, [weight], c.hidden_size, c.vocab_size)
+    else:
+        raw = b.linear("head.raw", normed, [weight], c.hidden_size, c.vocab_size)
+        b.op("Cast", "logits", raw, to=TensorProto.FLOAT)

@@ -1,0 +1,253 @@
+"""From the graph to one target: pick the operator of every projection, pack its weights, store them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
+from build_engine.graph import GraphTypes
+from build_engine.quantize import GROUP_SIZES, Int4Rows, pack_nibbles, quantize_int4
+from build_engine.weights_file import WeightsFile
+from edge.errors import EdgeError, UsageError
+
+CHUNK_BYTES = 64 << 20  # float32 bytes of weights in flight
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How projections are stored. exact: the checkpoint's own values; w4a16: int4 codes, 16/32-bit activations."""
+
+    kind: str = "w4a16"
+    group_size: int = 32
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("exact", "w4a16"):
+            raise UsageError(f"unknown weight format {self.kind!r}; choose exact or w4a16")
+        if self.group_size not in GROUP_SIZES:
+            raise UsageError(f"group size {self.group_size} is not offered; choose one of {GROUP_SIZES}")
+
+    def describe(self) -> str:
+        """A few words for tables: 'exact', 'w4a16 g32 asymmetric'."""
+        if self.kind == "exact":
+            return "exact"
+        return f"w4a16 g{self.group_size} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An executor to lower for."""
+
+    name: str
+    types: GraphTypes
+    tensorrt: bool
+
+
+def make_target(name: str, weights: WeightFormat) -> Target:
+    """`onnxruntime`: float32 activations (float32 KV if the weights are exact). `rtx`: float16 throughout."""
+    if name == "onnxruntime":
+        kv = TensorProto.FLOAT if weights.kind == "exact" else TensorProto.FLOAT16
+        return Target(name, GraphTypes(TensorProto.FLOAT, kv), tensorrt=False)
+    if name == "rtx":
+        if weights.kind == "w4a16" and not weights.symmetric:
+            raise UsageError("TensorRT dequantises int4 without zero points; export for rtx with --symmetric")
+        return Target(name, GraphTypes(TensorProto.FLOAT16, TensorProto.FLOAT16), tensorrt=True)
+    raise UsageError(f"unknown target {name!r}; choose onnxruntime or rtx")
+
+
+def lower(
+    graph: onnx.ModelProto,
+    checkpoint: Checkpoint,
+    target: Target,
+    weights: WeightFormat,
+    file: WeightsFile,
+    progress: Progress = lambda done, total, name: None,
+) -> onnx.ModelProto:
+    """Replace every `edge.Linear` and fill every empty initializer, streaming the weights into `file`."""
+    lowering = _Lowering(checkpoint, target, weights, file)
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    pending = [t for t in graph.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    linears = sum(node.op_type == "Linear" for node in graph.graph.node)
+    total, done = len(pending) + linears, 0
+
+    del model.graph.initializer[:], model.graph.node[:]
+    for tensor in graph.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            model.graph.initializer.append(tensor)
+            continue
+        model.graph.initializer.append(lowering.plain_weight(tensor))
+        done += 1
+        progress(done, total, tensor.name)
+    for node in graph.graph.node:
+        if node.op_type != "Linear":
+            model.graph.node.append(node)
+            continue
+        model.graph.node.extend(lowering.linear(node))
+        done += 1
+        progress(done, total, node.name)
+    model.graph.initializer.extend(lowering.initializers)
+    if not target.tensorrt:
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+@dataclass
+class _Lowering:
+    checkpoint: Checkpoint
+    target: Target
+    weights: WeightFormat
+    file: WeightsFile
+
+    def __post_init__(self) -> None:
+        self.initializers: list[onnx.TensorProto] = []
+        self._stored: dict[str, int] = {}  # plain weights in the file: name -> element type
+
+    def plain_weight(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """A norm (activation type) or the embedding, which keeps 16 bits where the checkpoint or format has them."""
+        source = self.checkpoint.tensors[tensor.name]
+        element_type = tensor.data_type
+        if len(source.shape) == 2:
+            element_type = self._embedding_type(source)
+        dtype = helper.tensor_dtype_to_np_dtype(element_type)
+        chunks = (_convert(source.name, rows, dtype) for rows in _row_chunks(source))
+        self._stored[tensor.name] = element_type
+        return self.file.add(tensor.name, element_type, list(source.shape), chunks)
+
+    def _embedding_type(self, source: LazyTensor) -> int:
+        if self.target.tensorrt or (self.weights.kind == "w4a16" and source.dtype == np.float32):
+            return TensorProto.FLOAT16
+        return helper.np_dtype_to_tensor_dtype(source.dtype)
+
+    def linear(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The nodes that compute one projection; their weights go to the file."""
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        sources = [self.checkpoint.tensors[name.decode()] for name in attributes["weights"]]
+        if self.weights.kind == "exact":
+            return self._exact(node, sources)
+        if self.target.tensorrt:
+            return self._dequantize_linear(node, sources)
+        return self._matmul_nbits(node, sources)
+
+    def _exact(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """Gemm on the checkpoint's own values [N, K], cast to the activation type when the engine loads."""
+        x, y = node.input[0], node.output[0]
+        activation = self.target.types.activation
+        name = sources[0].name if len(sources) == 1 else f"{node.name}.weight"
+        if name not in self._stored:
+            dtypes = {source.dtype for source in sources}
+            dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+            if self.target.tensorrt:
+                dtype = np.dtype(np.float16)
+            element_type = helper.np_dtype_to_tensor_dtype(dtype)
+            shape = [sum(source.shape[0] for source in sources), sources[0].shape[1]]
+            chunks = (_convert(s.name, rows, dtype) for s in sources for rows in _row_chunks(s))
+            self.initializers.append(self.file.add(name, element_type, shape, chunks))
+            self._stored[name] = element_type
+        nodes = []
+        if self._stored[name] != activation:
+            nodes.append(helper.make_node("Cast", [name], [f"{node.name}.cast"], f"{node.name}.cast", to=activation))
+            name = f"{node.name}.cast"
+        return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
+
+    def _quantized(self, sources: list[LazyTensor]) -> Iterator[Int4Rows]:
+        for source in sources:
+            for rows in _row_chunks(source):
+                wide = _convert(source.name, rows, np.dtype(np.float32))
+                yield quantize_int4(wide, self.weights.group_size, self.weights.symmetric)
+
+    def _matmul_nbits(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """ONNX Runtime's MatMulNBits; accuracy level 4 quantises activations to int8 inside the operator."""
+        n, k = sum(s.shape[0] for s in sources), sources[0].shape[1]
+        group = self.weights.group_size
+        blocks = -(-k // group)
+        scales: list[np.ndarray] = []
+        zero_points: list[np.ndarray] = []
+
+        def packed() -> Iterator[np.ndarray]:
+            for part in self._quantized(sources):
+                scales.append(part.scales)
+                zero_points.append(pack_nibbles(part.zero_points))
+                yield pack_nibbles(part.codes)
+
+        inputs = [node.input[0], f"{node.name}.int4", f"{node.name}.scales"]
+        add = self.file.add
+        self.initializers.append(add(inputs[1], TensorProto.UINT8, [n, blocks, group // 2], packed()))
+        self.initializers.append(add(inputs[2], TensorProto.FLOAT, [n * blocks], scales))
+        if not self.weights.symmetric:
+            inputs.append(f"{node.name}.zero_points")
+            shape = [n * -(-blocks // 2)]
+            self.initializers.append(add(inputs[3], TensorProto.UINT8, shape, zero_points))
+        return [
+            helper.make_node(
+                "MatMulNBits",
+                inputs,
+                list(node.output),
+                node.name,
+                domain="com.microsoft",
+                K=k,
+                N=n,
+                bits=4,
+                block_size=group,
+                accuracy_level=4,
+            )
+        ]
+
+    def _dequantize_linear(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """TensorRT's native int4: block-wise DequantizeLinear [N, K], transposed into a MatMul."""
+        n, k = sum(s.shape[0] for s in sources), sources[0].shape[1]
+        group = self.weights.group_size
+        if k % group:
+            raise EdgeError(
+                f"{node.name}: {k} input features are not a multiple of group size {group}, which TensorRT needs; "
+                "choose a smaller --group-size"
+            )
+        scales: list[np.ndarray] = []
+
+        def packed() -> Iterator[np.ndarray]:
+            for part in self._quantized(sources):
+                scales.append(_convert(f"{node.name}.scales", part.scales, np.dtype(np.float16)))
+                # code - 8 in two's complement is the code with its top bit flipped
+                yield pack_nibbles(part.codes.reshape(len(part.codes), -1) ^ 8)
+
+        int4, scale = f"{node.name}.int4", f"{node.name}.scales"
+        self.initializers.append(self.file.add(int4, TensorProto.INT4, [n, k], packed()))
+        self.initializers.append(self.file.add(scale, TensorProto.FLOAT16, [n, k // group], scales))
+        dense, transposed = f"{node.name}.dense", f"{node.name}.transposed"
+        return [
+            helper.make_node("DequantizeLinear", [int4, scale], [dense], dense, axis=1, block_size=group),
+            helper.make_node("Transpose", [dense], [transposed], transposed, perm=[1, 0]),
+            helper.make_node("MatMul", [node.input[0], transposed], list(node.output), node.name),
+        ]
+
+
+def _row_chunks(source: LazyTensor) -> Iterator[np.ndarray]:
+    """The tensor in row chunks of at most CHUNK_BYTES as float32, checked for NaN and infinity."""
+    row_bytes = 4 * int(np.prod(source.shape[1:], dtype=np.int64))
+    step = max(1, CHUNK_BYTES // max(row_bytes, 1))
+    for start in range(0, source.shape[0], step):
+        rows = source.read(slice(start, start + step))
+        require_finite(source.name, rows)
+        yield rows
+
+
+def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Cast, refusing values that overflow (bfloat16 weights over 65504 do not fit float16)."""
+    if values.dtype == dtype:
+        return values
+    if values.dtype == ml_dtypes.bfloat16:
+        values = values.astype(np.float32)
+    converted = values.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(converted).all():
+        raise EdgeError(
+            f"{name}: the value {float(np.abs(values).max()):g} exceeds float16's 65504; export for onnxruntime, "
+            "which keeps wider weights"
+        )
+    return converted

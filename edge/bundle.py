@@ -1,0 +1,140 @@
+"""A bundle: one folder with everything an executor needs, described and sealed by its manifest.json.
+
+build_engine/export.py writes bundles; the device only ever reads them through `open_bundle`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edge.config import ModelConfig
+from edge.errors import EdgeError, UsageError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPH = "model.onnx"
+WEIGHTS = "model.weights"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle as it was written."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the bundle is. `key` covers all that can change a result; `tools` and `name` do not count."""
+
+    name: str
+    model: ModelConfig
+    weights: dict[str, Any]
+    target: str
+    types: dict[str, str]
+    limits: dict[str, int]
+    text: dict[str, Any] | None
+    generation: dict[str, Any]
+    files: dict[str, FileEntry]
+    tools: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> str:
+        """sha256 over the model, formats, limits and every file's hash."""
+        content = {k: v for k, v in self.to_dict().items() if k not in ("name", "tools", "key")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values without the key."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps({**self.to_dict(), "key": self.key}, indent=1, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Raises KeyError, TypeError or ValueError if it is no manifest of this schema."""
+        values = json.loads(text)
+        key = values.pop("key")
+        values["model"] = ModelConfig.from_dict(values["model"])
+        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+        manifest = Manifest(**values)
+        if manifest.key != key:
+            raise ValueError("its key does not match its contents")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.manifest.model
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the bundle."""
+        return self.path / name
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the folder claims to be a bundle (it may still be damaged)."""
+    return (path / MANIFEST).is_file()
+
+
+def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
+    """Read the manifest and, if `verify`, check every file's size and hash; a damaged file is named."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder; give the folder that `edge export` wrote")
+    if not is_bundle(path):
+        raise UsageError(f"{path} has no {MANIFEST}, so it is not a bundle; make one with `edge export`")
+    text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    try:
+        version = json.loads(text)["schema_version"]
+    except (ValueError, KeyError, TypeError):
+        raise EdgeError(f"{path / MANIFEST} is damaged (no readable schema_version); export the bundle again") from None
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        remedy = "update minicpm-edge" if newer else "export it again with this version"
+        raise EdgeError(f"{path} has bundle schema {version}, this version reads schema {SCHEMA_VERSION}; {remedy}")
+    try:
+        manifest = Manifest.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EdgeError(f"{path / MANIFEST} is damaged ({error}); export the bundle again") from None
+    for name, entry in manifest.files.items():
+        _check_file(path / name, entry, verify)
+    return Bundle(path, manifest)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, entry: FileEntry, verify: bool) -> None:
+    if not path.is_file():
+        raise EdgeError(f"the bundle's file {path} is missing; copy it again or export the bundle again")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise EdgeError(
+            f"the bundle's file {path} is damaged: {size} bytes instead of {entry.bytes}; copy it again"
+        )
+    if verify and hash_file(path) != entry.sha256:
+        raise EdgeError(f"the bundle's file {path} is damaged: its sha256 differs from the manifest's; copy it again")

@@ -1,0 +1,105 @@
+"""The shape of a MiniCPM4 model: everything the graph and the runtime need to know about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE factor lists, head_dim/2 entries each (spec: infllmv2.md 1.3, 2)."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """InfLLM-V2 settings; lengths in tokens, topk in blocks (spec: infllmv2.md 1.2)."""
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    init_blocks: int = 1
+    block_size: int = 64
+    window_size: int = 2048
+    topk: int = 64
+    use_nope: bool = False
+    dense_len: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only model. A Llama is the special case of neutral muP scales (see `neutral_mup`)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    scale_emb: float
+    scale_depth: float
+    dim_model_base: float
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    long_rope: LongRope | None = None
+    sparse: SparseConfig | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on every attention and MLP output before it joins the residual stream."""
+        return self.scale_depth / math.sqrt(self.num_hidden_layers)
+
+    @property
+    def logit_divisor(self) -> float:
+        """The final hidden state is divided by this before the head."""
+        return self.hidden_size / self.dim_model_base
+
+    @property
+    def rope_attention_factor(self) -> float:
+        """LongRoPE's factor on cos and sin; exactly 1 for every shipped config (spec: infllmv2.md 2)."""
+        if self.long_rope is None:
+            return 1.0
+        original = self.long_rope.original_max_position_embeddings
+        scale = self.max_position_embeddings / original
+        return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelConfig:
+        """Rebuild from `to_dict` after a round trip through JSON (lists become tuples again)."""
+        values = dict(values)
+        values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        if values.get("long_rope"):
+            rope = values["long_rope"]
+            values["long_rope"] = LongRope(
+                tuple(rope["short_factor"]), tuple(rope["long_factor"]), rope["original_max_position_embeddings"]
+            )
+        if values.get("sparse"):
+            values["sparse"] = SparseConfig(**values["sparse"])
+        return ModelConfig(**values)
+
+
+def neutral_mup(num_hidden_layers: int, hidden_size: int) -> dict[str, float]:
+    """The muP scales that turn MiniCPM4's forward pass into Llama's."""
+    return {
+        "scale_emb": 1.0,
+        "scale_depth": math.sqrt(num_hidden_layers),
+        "dim_model_base": float(hidden_size),
+    }

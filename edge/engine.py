@@ -1,0 +1,183 @@
+"""The loop: schedule a step, execute it, sample, repeat. CLI, server and benchmarks all run on this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge.bundle import Bundle, open_bundle
+from edge.errors import EdgeError, UsageError
+from edge.executor import Executor
+from edge.executors.onnxruntime import OnnxRuntimeExecutor
+from edge.kv_cache import KVCache
+from edge.plan import EngineOptions, Plan, make_plan
+from edge.sampler import Sampler, SamplingParams
+from edge.scheduler import Scheduler
+from edge.scheduler import Sequence as ScheduledSequence
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. finish_reason: None while there is more, 'stop' (end token) or 'length'."""
+
+    token_id: int
+    finish_reason: str | None
+
+
+class Session:
+    """One conversation: a sequence whose cache outlives a reply, so the next turn computes only what is new."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sequence = ScheduledSequence(engine.cache.open())
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[TokenEvent]:
+        """Tokens after `prompt_ids` (the whole conversation so far). The shared prefix is not computed again.
+
+        `progress(done, total)` counts prompt tokens during the prefill.
+        """
+        self._engine.check_prompt(prompt_ids)
+        sequence = self._sequence
+        sequence.computed = _common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
+        self._engine.cache.truncate(sequence.cache_id, sequence.computed)
+        sequence.tokens = list(prompt_ids)
+        sequence.prompt_length = len(prompt_ids)
+        sampler = Sampler(params, prompt_ids)
+        room = self._engine.max_context - len(prompt_ids)
+        end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
+        for index in range(min(params.max_tokens, room)):
+            logits = self._engine.advance(sequence, progress)
+            token = sampler.sample(logits)
+            sequence.tokens.append(token)
+            if token in end_tokens:
+                reason = "stop"
+            else:
+                reason = "length" if index + 1 == min(params.max_tokens, room) else None
+            yield TokenEvent(token, reason)
+            if reason is not None:
+                return
+
+    def close(self) -> None:
+        """Give the pages back."""
+        self._engine.cache.close(self._sequence.cache_id)
+
+
+class Engine:
+    """An executor with its cache and scheduler, inside one memory plan."""
+
+    def __init__(self, bundle: Bundle, executor: Executor, plan: Plan, chunk: int) -> None:
+        self.bundle = bundle
+        self.plan = plan
+        self.cache = KVCache(plan.num_pages)
+        self._executor = executor
+        self._scheduler = Scheduler(self.cache, chunk)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens one sequence may hold, prompt and reply together."""
+        return self.plan.max_context
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.bundle.config.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply."""
+        return self.bundle.config.eos_token_ids
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise if the prompt is empty, has ids the model does not know, or leaves no room for a reply."""
+        if not len(ids):
+            raise UsageError("the prompt is empty; give at least one token")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise UsageError(f"token id {bad} is outside the vocabulary of {self.vocab_size}; use ids 0..{self.vocab_size - 1}")
+        if len(ids) >= self.max_context:
+            raise EdgeError(
+                f"the prompt has {len(ids)} tokens and the context is limited to {self.max_context}; shorten it, "
+                "or raise --context or --memory"
+            )
+
+    def open_session(self) -> Session:
+        """A conversation that keeps its cache between turns; close it when done."""
+        return Session(self)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[TokenEvent]:
+        """One reply in a session of its own."""
+        session = self.open_session()
+        try:
+            yield from session.generate(prompt_ids, params, progress)
+        finally:
+            session.close()
+
+    def advance(
+        self, sequence: ScheduledSequence, progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Run steps until every known token of the sequence is computed -> logits [vocab] after the last."""
+        while step := self._scheduler.next_step([sequence]):
+            result = self._executor.step(step.batch)
+            sequence.computed += step.counts[0]
+            if progress is not None:
+                progress(min(sequence.computed, sequence.prompt_length), sequence.prompt_length)
+            if step.logits_counts[0]:
+                return result.logits[-1]
+        raise AssertionError("advance() needs a sequence with pending tokens")
+
+    def logits(self, ids: Sequence[int], last: int) -> np.ndarray:
+        """Logits [last, vocab] after each of the last `last` tokens of one sequence, teacher-forced."""
+        self.check_prompt(ids)
+        sequence = ScheduledSequence(self.cache.open(), list(ids), prompt_length=len(ids), logits_from=len(ids) - last)
+        rows = []
+        try:
+            while step := self._scheduler.next_step([sequence]):
+                result = self._executor.step(step.batch)
+                sequence.computed += step.counts[0]
+                if step.logits_counts[0]:
+                    rows.append(result.logits)
+        finally:
+            self.cache.close(sequence.cache_id)
+        return np.concatenate(rows)
+
+    def describe(self) -> dict[str, str]:
+        """Facts for reports: model, weights, executor, threads, KV type, bundle key."""
+        manifest = self.bundle.manifest
+        return {
+            "model": manifest.name,
+            "weights": manifest.weights["description"],
+            "target": manifest.target,
+            **self._executor.describe(),
+            "bundle": manifest.key[:12],
+        }
+
+
+def open_engine(path: Path, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008
+    """Open a bundle, plan its memory and load its executor."""
+    bundle = open_bundle(path)
+    plan = make_plan(bundle, options)
+    executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads)
+    return Engine(bundle, executor, plan, options.chunk)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

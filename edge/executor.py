@@ -1,0 +1,47 @@
+"""The only thing an engine must offer: one ragged step (DESIGN 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """T new tokens of B sequences, sequence after sequence. All arrays are int32.
+
+    positions [T]: each token's place in its sequence. query_start [B + 1]: where each sequence's tokens begin.
+    page_table [B, P]: each sequence's pages in order, short rows padded with any valid page.
+    logits_rows [R]: the rows of this step whose logits are wanted; at least one.
+    rope_length [B]: the length that selects LongRoPE's factor list (the prompt's while it is being prefilled).
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    query_start: np.ndarray
+    page_table: np.ndarray
+    logits_rows: np.ndarray
+    rope_length: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """logits [R, vocab] float32, in the order of `logits_rows`."""
+
+    logits: np.ndarray
+
+
+class Executor(Protocol):
+    """Runs steps over its own KV pool of `num_pages` pages."""
+
+    num_pages: int
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Append the new tokens' keys and values to their pages and return the wanted logits."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Facts for reports: provider, kernels, threads, KV type."""
+        ...

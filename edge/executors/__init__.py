@@ -1,0 +1,1 @@
+"""One module an executor; each offers `edge.executor.Executor`."""

@@ -1,0 +1,58 @@
+"""Which page holds which tokens of which sequence. Knows nothing of tensors or devices."""
+
+from __future__ import annotations
+
+from edge.errors import EdgeError
+from plugins import PAGE_TOKENS
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that `tokens` tokens occupy."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+class KVCache:
+    """Hands out the pages of one pool to sequences; a page belongs to exactly one sequence or is free."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._pages: dict[int, list[int]] = {}
+        self._next_id = 0
+
+    @property
+    def free_pages(self) -> int:
+        """Pages nobody owns."""
+        return len(self._free)
+
+    def open(self) -> int:
+        """A new, empty sequence."""
+        self._next_id += 1
+        self._pages[self._next_id] = []
+        return self._next_id
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """The sequence's pages in token order."""
+        return tuple(self._pages[sequence])
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Make room for the first `tokens` tokens of the sequence; takes all the pages it needs or none."""
+        owned = self._pages[sequence]
+        missing = pages_for(tokens) - len(owned)
+        if missing > len(self._free):
+            raise EdgeError(
+                f"{tokens} tokens need {missing} more KV pages of {PAGE_TOKENS} tokens and {len(self._free)} are free; "
+                "shorten the prompt, or give more --memory or --context"
+            )
+        owned.extend(self._free.pop() for _ in range(missing))
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens; whole pages past them become free."""
+        owned = self._pages[sequence]
+        while len(owned) > pages_for(tokens):
+            self._free.append(owned.pop())
+
+    def close(self, sequence: int) -> None:
+        """Free the sequence's pages; the sequence is gone."""
+        self.truncate(sequence, 0)
+        del self._pages[sequence]

@@ -1,0 +1,93 @@
+"""Chooses the next step: which sequences contribute which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edge.executor import StepBatch
+from edge.kv_cache import KVCache
+
+
+@dataclass
+class Sequence:
+    """Tokens known so far, of which the first `computed` are in the cache.
+
+    `logits_from`: logits are wanted from this position on; None wants them after the last known token only.
+    """
+
+    cache_id: int
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    prompt_length: int = 0
+    logits_from: int | None = None
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that are not in the cache yet; 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch, and for every sequence in it how many tokens it contributes and how many rows of logits it gets."""
+
+    batch: StepBatch
+    sequences: tuple[Sequence, ...]
+    counts: tuple[int, ...]
+    logits_counts: tuple[int, ...]
+
+
+class Scheduler:
+    """Every decoding sequence takes part in every step; prompts share what is left of `chunk` tokens, in order."""
+
+    def __init__(self, cache: KVCache, chunk: int) -> None:
+        self._cache = cache
+        self._chunk = chunk
+
+    def next_step(self, sequences: Iterable[Sequence]) -> Step | None:
+        """The next step for these sequences, or None if nothing is pending. Reserves the pages it writes."""
+        active = sorted((s for s in sequences if s.pending), key=lambda s: s.pending > 1)
+        chosen: list[Sequence] = []
+        counts: list[int] = []
+        room = max(self._chunk, sum(s.pending == 1 for s in active))
+        for sequence in active:
+            count = min(sequence.pending, room)
+            if count == 0:
+                break
+            self._cache.reserve(sequence.cache_id, sequence.computed + count)
+            chosen.append(sequence)
+            counts.append(count)
+            room -= count
+        return self._build(chosen, counts) if chosen else None
+
+    def _build(self, chosen: list[Sequence], counts: list[int]) -> Step:
+        ids, positions = [], []
+        rows: list[int] = []
+        logits_counts = []
+        query_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        for sequence, count, end in zip(chosen, counts, query_start[1:], strict=True):
+            first = sequence.computed
+            ids.append(sequence.tokens[first : first + count])
+            positions.append(np.arange(first, first + count))
+            wanted_from = len(sequence.tokens) - 1 if sequence.logits_from is None else sequence.logits_from
+            wanted = min(max(first + count - wanted_from, 0), count)
+            logits_counts.append(wanted)
+            rows.extend(range(end - wanted, end))
+        tables = [self._cache.pages(sequence.cache_id) for sequence in chosen]
+        page_table = np.zeros((len(tables), max(map(len, tables))), np.int32)
+        for row, table in zip(page_table, tables, strict=True):
+            row[: len(table)] = table
+        lengths = [max(s.prompt_length, s.computed + n) for s, n in zip(chosen, counts, strict=True)]
+        batch = StepBatch(
+            input_ids=np.concatenate(ids).astype(np.int32),
+            positions=np.concatenate(positions).astype(np.int32),
+            query_start=query_start,
+            page_table=page_table,
+            # A step must ask for at least one row: mid-prompt it is the last, and nobody reads it.
+            logits_rows=np.asarray(rows or [query_start[-1] - 1], np.int32),
+            rope_length=np.asarray(lengths, np.int32),
+        )
+        return Step(batch, tuple(chosen), tuple(counts), tuple(logits_counts))

@@ -1,0 +1,24 @@
+"""Operators of the ONNX domain `edge`: one folder an operator, each with its meaning, function and kernels.
+
+Every operator has a numpy meaning (`meaning.py`, the definition of truth), an ONNX FunctionProto of standard
+operators (`function.py`, what an executor without a kernel runs) and kernels for executors that have them.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+DOMAIN = "edge"
+DOMAIN_VERSION = 1
+OPSET = 21
+PAGE_TOKENS = 64
+
+
+def functions() -> list[onnx.FunctionProto]:
+    """The FunctionProto of every operator, for the `functions` field of a model."""
+    from plugins.paged_attention.function import PAGED_ATTENTION
+    from plugins.rms_norm.function import ADD_RMS_NORM, RMS_NORM
+    from plugins.swiglu.function import SWIGLU
+
+    texts = (RMS_NORM, ADD_RMS_NORM, SWIGLU, PAGED_ATTENTION)
+    return [onnx.parser.parse_function(text) for text in texts]

@@ -1,0 +1,48 @@
+"""Find the operator library built for this processor and register it with ONNX Runtime."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import onnxruntime as ort
+
+# Best first. The flags are those of /proc/cpuinfo; an entry is used if the processor has them all.
+INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "x86_64_v4": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"),
+        "x86_64_v3": ("avx2", "fma", "f16c", "bmi2"),
+    },
+    "aarch64": {"armv8_2": ("asimdhp", "asimddp")},
+}
+
+
+def library_file(instruction_set: str) -> str:
+    """File name of the library for one instruction set, beside this module."""
+    return f"libedge_ops_{instruction_set}.so"
+
+
+def _cpu_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return set(value.split())
+    return set()
+
+
+def find_library() -> Path | None:
+    """The best library that was built and that this processor can run; None if there is none."""
+    flags = _cpu_flags()
+    for name, needed in INSTRUCTION_SETS.get(platform.machine(), {}).items():
+        path = Path(__file__).with_name(library_file(name))
+        if path.exists() and flags.issuperset(needed):
+            return path
+    return None
+
+
+def register(options: ort.SessionOptions) -> Path | None:
+    """Register the kernels with a session to come. None: there are none, and the FunctionProtos will run."""
+    path = find_library()
+    if path is not None:
+        options.register_custom_ops_library(str(path))
+    return path

@@ -1,0 +1,117 @@
+// Short vectors for the CPU kernels: GCC/Clang vector extensions, one width an instruction set.
+// The library is compiled whole, once for each instruction set (setup.py): no run-time dispatch in here.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace edge {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kWidth * 4)));
+typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t half;  // IEEE binary16 as stored in the KV pool
+
+inline vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+inline vf splat(float x) { return vf{} + x; }
+
+inline vf load(const half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__ARM_NEON)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+#error "the CPU kernels need AVX2, AVX-512 or NEON"
+#endif
+}
+
+inline void store(half* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+#endif
+}
+
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+inline float sum(vf v) {
+  float s = 0;
+  for (int i = 0; i < kWidth; ++i) s += v[i];
+  return s;
+}
+
+inline float max(vf v) {
+  float m = v[0];
+  for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// exp(x) for x <= 88: 2^n * p(r) with |r| <= ln2/2, relative error below 3e-7; 0 below -87.
+inline vf exp(vf x) {
+  const vf clamped = max(x, splat(-87.3f));
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vf biased = clamped * 1.44269504f + shifter;
+  const vf n = biased - shifter;
+  const vf r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
+  vf p = splat(1.98756912e-4f);
+  p = p * r + 1.39819994e-3f;
+  p = p * r + 8.33345205e-3f;
+  p = p * r + 4.16657962e-2f;
+  p = p * r + 1.66666657e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const vi exponent = (vi)biased << 23;  // the low bits of `biased` hold n
+  const vf y = (vf)((vi)p + exponent);
+  return x < splat(-87.3f) ? vf{} : y;
+}
+
+// Transposes a kWidth x kWidth tile held in rows: stage s exchanges blocks of size s (s = 1, 2, 4, ...).
+template <int S>
+inline void transpose_stage(vf (&rows)[kWidth]) {
+  vi low, high;
+  for (int k = 0; k < kWidth; ++k) {
+    low[k] = (k & S) == 0 ? k : kWidth + k - S;
+    high[k] = (k & S) == 0 ? k + S : kWidth + k;
+  }
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & S) continue;
+    const vf a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+inline void transpose(vf (&rows)[kWidth]) {
+  transpose_stage<1>(rows);
+  transpose_stage<2>(rows);
+  if constexpr (kWidth > 4) transpose_stage<4>(rows);
+  if constexpr (kWidth > 8) transpose_stage<8>(rows);
+}
+
+}  // namespace edge

@@ -1,0 +1,74 @@
+"""What `edge.PagedAttention` computes: one ragged step of dense causal attention over a paged KV pool."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from plugins import PAGE_TOKENS
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Half-rotation RoPE (spec: infllmv2.md 2). x [T, heads, d]; cos, sin [T, d/2] float32; float32 inside."""
+    first, second = np.split(x.astype(np.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def append(pool: np.ndarray, k: np.ndarray, v: np.ndarray, pages: np.ndarray, positions: np.ndarray) -> None:
+    """Write k, v [T, Hkv, d] in place: pool [pages, 2, Hkv, 64, d]; `pages` is one sequence's page list."""
+    page, slot = pages[positions // PAGE_TOKENS], positions % PAGE_TOKENS
+    pool[page, 0, :, slot] = k
+    pool[page, 1, :, slot] = v
+
+
+def gather(pool: np.ndarray, pages: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `length` keys and values of one sequence, [length, Hkv, d] each."""
+    used = pool[pages[: -(-length // PAGE_TOKENS)]]  # [P, 2, Hkv, 64, d]
+    flat = used.transpose(1, 0, 3, 2, 4).reshape(2, -1, pool.shape[2], pool.shape[4])[:, :length]
+    return flat[0], flat[1]
+
+
+def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, scale: float) -> np.ndarray:
+    """q [T, Hq, d] at absolute `positions`; k, v [n, Hkv, d]; head h reads KV head h // G. -> [T, Hq, d]."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.einsum("thd,nhd->htn", q, keys).astype(np.float32) * np.float32(scale)
+    hidden_from = np.arange(k.shape[0])[None, :] > positions[:, None]
+    scores[:, hidden_from] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("htn,nhd->thd", weights, values).astype(q.dtype)
+
+
+def paged_attention(
+    qkv: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    pool: np.ndarray,
+    positions: np.ndarray,
+    query_start: np.ndarray,
+    page_table: np.ndarray,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> np.ndarray:
+    """One step; `pool` is updated in place.
+
+    qkv [T, (Hq + 2 Hkv) d]; cos, sin [T, d/2]; pool [pages, 2, Hkv, 64, d]; positions [T];
+    query_start [B + 1]; page_table [B, P]. Row t of sequence b sees that sequence's keys 0..positions[t].
+    Returns [T, Hq d].
+    """
+    tokens, head_dim = qkv.shape[0], pool.shape[-1]
+    heads = qkv.reshape(tokens, -1, head_dim)
+    q, k, v = np.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    out = np.empty_like(q)
+    for b in range(len(query_start) - 1):
+        rows = slice(query_start[b], query_start[b + 1])
+        if rows.start == rows.stop:
+            continue
+        append(pool, k[rows], v[rows], page_table[b], positions[rows])
+        keys, values = gather(pool, page_table[b], int(positions[rows].max()) + 1)
+        out[rows] = causal_attention(q[rows], keys.astype(q.dtype), values.astype(q.dtype), positions[rows], scale)
+    return out.reshape(tokens, -1)

@@ -1,0 +1,1 @@
+"""`edge.RMSNorm` and `edge.AddRMSNorm`: root-mean-square normalisation, alone or after a scaled residual add."""

@@ -1,0 +1,1 @@
+"""`edge.SwiGLU`: silu(gate) * up of a fused gate/up projection."""
