@@ -61,8 +61,6 @@ def operator_library(name: str, march: str) -> Extension:
 
 
 setup(
-    ext_modules=[
-        operator_library(name, march) for name, march in INSTRUCTION_SETS.get(platform.machine(), {}).items()
-    ],
+    ext_modules=[operator_library(name, march) for name, march in INSTRUCTION_SETS.get(platform.machine(), {}).items()],
     cmdclass={"build_ext": BuildOperators},
 )

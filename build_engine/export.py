@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,14 +39,14 @@ class ExportOptions:
     """What `edge export` decides."""
 
     target: str = "onnxruntime"
-    weights: WeightFormat = WeightFormat()
+    weights: WeightFormat = field(default_factory=WeightFormat)
     overwrite: bool = False
 
 
 def export_bundle(
     checkpoint: Checkpoint,
     out: Path,
-    options: ExportOptions = ExportOptions(),  # noqa: B008
+    options: ExportOptions = ExportOptions(),
     progress: Progress = lambda done, total, name: None,
 ) -> Path:
     """Write the bundle `out`. Whatever stops it leaves `out` as it was, and nothing that passes for a bundle."""
@@ -84,9 +84,7 @@ def _write_files(
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _manifest(
-    checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry]
-) -> Manifest:
+def _manifest(checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry]) -> Manifest:
     text = checkpoint.text
     settings = ("add_bos", "bos_token", "eos_token")
     return Manifest(

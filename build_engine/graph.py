@@ -53,17 +53,9 @@ class _Builder:
             **attributes,
         )
 
-    def linear(self, name: str, x: str, weights: list[str], in_features: int, out_features: int) -> str:
-        """x [T, in] times the stacked rows of `weights` transposed -> [T, out]."""
-        return self.op(
-            "Linear",
-            name,
-            x,
-            domain=plugins.DOMAIN,
-            weights=weights,
-            in_features=in_features,
-            out_features=out_features,
-        )
+    def linear(self, name: str, x: str, weights: list[str], role: str = "body") -> str:
+        """x [T, in] times the stacked rows of `weights` transposed -> [T, out]. The head may be stored otherwise."""
+        return self.op("Linear", name, x, domain=plugins.DOMAIN, weights=weights, role=role)
 
     def constant(self, name: str, value: np.ndarray) -> str:
         self.initializers.append(numpy_helper.from_array(value, name))
@@ -77,7 +69,7 @@ class _Builder:
         return name
 
 
-def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.ModelProto:  # noqa: B008
+def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.ModelProto:
     """The whole model. Inputs and outputs: `graph_inputs`, `graph_outputs`."""
     b = _Builder()
     hidden = _embed(b, config, types)
@@ -138,10 +130,9 @@ def graph_outputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfo
 
 
 def _pools(config: ModelConfig, types: GraphTypes, prefix: str) -> list[onnx.ValueInfoProto]:
-    shape = ["pages", 2, config.num_key_value_heads, plugins.PAGE_TOKENS, config.head_dim]
+    shape: list[str | int | None] = ["pages", 2, config.num_key_value_heads, plugins.PAGE_TOKENS, config.head_dim]
     return [
-        helper.make_tensor_value_info(f"{prefix}.{index}", types.kv, shape)
-        for index in range(config.num_hidden_layers)
+        helper.make_tensor_value_info(f"{prefix}.{index}", types.kv, shape) for index in range(config.num_hidden_layers)
     ]
 
 
@@ -153,9 +144,7 @@ def _embed(b: _Builder, config: ModelConfig, types: GraphTypes) -> str:
     table = b.weight("model.embed_tokens.weight", [config.vocab_size, config.hidden_size], types.activation)
     rows = b.op("Gather", "embed.rows", table, "input_ids", axis=0)
     wide = b.op("Cast", "embed.cast", rows, to=types.activation)
-    scale = b.constant(
-        "scale_emb", np.array(config.scale_emb, helper.tensor_dtype_to_np_dtype(types.activation))
-    )
+    scale = b.constant("scale_emb", np.array(config.scale_emb, helper.tensor_dtype_to_np_dtype(types.activation)))
     return b.op("Mul", "embed", wide, scale)
 
 
@@ -207,14 +196,11 @@ def _decoder_layer(
     b: _Builder, c: ModelConfig, types: GraphTypes, index: int, hidden: str, normed: str, cos: str, sin: str
 ) -> tuple[str, str]:
     """(hidden, the next norm's output). Each norm is fused with the residual add before it."""
-    name, attention_width = f"layers.{index}", c.num_attention_heads * c.head_dim
-    kv_width = c.num_key_value_heads * c.head_dim
+    name = f"layers.{index}"
     qkv = b.linear(
         f"{name}.qkv",
         normed,
         [_layer(index, f"self_attn.{p}_proj.weight") for p in "qkv"],
-        c.hidden_size,
-        attention_width + 2 * kv_width,
     )
     pool_in, pool_out = f"kv_pool.{index}", f"kv_pool_out.{index}"
     attended = f"{name}.attention"
@@ -237,22 +223,16 @@ def _decoder_layer(
         # From here on only the rows that need logits matter.
         attended = b.op("Gather", "head.attention_rows", attended, "logits_rows", axis=0)
         hidden = b.op("Gather", "head.hidden_rows", hidden, "logits_rows", axis=0)
-    out = b.linear(
-        f"{name}.o", attended, [_layer(index, "self_attn.o_proj.weight")], attention_width, c.hidden_size
-    )
+    out = b.linear(f"{name}.o", attended, [_layer(index, "self_attn.o_proj.weight")])
     post_norm = _layer(index, "post_attention_layernorm.weight")
     hidden, normed = _add_norm(b, c, types, f"{name}.post_norm", hidden, out, post_norm)
     gate_up = b.linear(
         f"{name}.gate_up",
         normed,
         [_layer(index, f"mlp.{p}_proj.weight") for p in ("gate", "up")],
-        c.hidden_size,
-        2 * c.intermediate_size,
     )
     gated = b.edge("SwiGLU", f"{name}.swiglu", gate_up)
-    down = b.linear(
-        f"{name}.down", gated, [_layer(index, "mlp.down_proj.weight")], c.intermediate_size, c.hidden_size
-    )
+    down = b.linear(f"{name}.down", gated, [_layer(index, "mlp.down_proj.weight")])
     last = index == c.num_hidden_layers - 1
     next_norm = "model.norm.weight" if last else _layer(index + 1, "input_layernorm.weight")
     return _add_norm(b, c, types, f"{name}.next_norm", hidden, down, next_norm)
@@ -281,7 +261,7 @@ def _head(b: _Builder, c: ModelConfig, types: GraphTypes, normed: str) -> None:
         normed = b.op("Mul", "head.scaled", normed, b.constant("head.scale", np.array(1 / c.logit_divisor, dtype)))
     weight = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
     if types.activation == TensorProto.FLOAT:
-        b.linear("logits", normed, [weight], c.hidden_size, c.vocab_size)
+        b.linear("logits", normed, [weight], role="head")
     else:
-        raw = b.linear("head.raw", normed, [weight], c.hidden_size, c.vocab_size)
+        raw = b.linear("head.raw", normed, [weight], role="head")
         b.op("Cast", "logits", raw, to=TensorProto.FLOAT)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
 from build_engine.graph import GraphTypes
-from build_engine.quantize import GROUP_SIZES, Int4Rows, pack_nibbles, quantize_int4
+from build_engine.quantize import GROUP_SIZES, QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
 from build_engine.weights_file import WeightsFile
 from edge.errors import EdgeError, UsageError
 
@@ -22,23 +22,30 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How projections are stored. exact: the checkpoint's own values; w4a16: int4 codes, 16/32-bit activations."""
+    """How projections are stored. exact: the checkpoint's own values. w4a16: int4 codes in groups along the input.
+
+    Asymmetric groups keep their minimum and follow 4-bit GGUF values exactly; symmetric ones are smaller, faster,
+    and all that TensorRT knows. `head`: exact, int8 or int4; it decides more than its share of the quality.
+    """
 
     kind: str = "w4a16"
     group_size: int = 32
     symmetric: bool = False
+    head: str = "int8"
 
     def __post_init__(self) -> None:
         if self.kind not in ("exact", "w4a16"):
             raise UsageError(f"unknown weight format {self.kind!r}; choose exact or w4a16")
         if self.group_size not in GROUP_SIZES:
             raise UsageError(f"group size {self.group_size} is not offered; choose one of {GROUP_SIZES}")
+        if self.head not in ("exact", "int8", "int4"):
+            raise UsageError(f"unknown head format {self.head!r}; choose exact, int8 or int4")
 
     def describe(self) -> str:
-        """A few words for tables: 'exact', 'w4a16 g32 asymmetric'."""
+        """A few words for tables: 'exact', 'w4a16 g32 asymmetric, int8 head'."""
         if self.kind == "exact":
             return "exact"
-        return f"w4a16 g{self.group_size} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return f"w4a16 g{self.group_size} {'symmetric' if self.symmetric else 'asymmetric'}, {self.head} head"
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ def make_target(name: str, weights: WeightFormat) -> Target:
     if name == "rtx":
         if weights.kind == "w4a16" and not weights.symmetric:
             raise UsageError("TensorRT dequantises int4 without zero points; export for rtx with --symmetric")
+        if weights.kind == "w4a16" and weights.head == "int8":
+            raise UsageError("TensorRT has no block-wise int8; export for rtx with --head exact or --head int4")
         return Target(name, GraphTypes(TensorProto.FLOAT16, TensorProto.FLOAT16), tensorrt=True)
     raise UsageError(f"unknown target {name!r}; choose onnxruntime or rtx")
 
@@ -130,11 +139,16 @@ class _Lowering:
         """The nodes that compute one projection; their weights go to the file."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         sources = [self.checkpoint.tensors[name.decode()] for name in attributes["weights"]]
-        if self.weights.kind == "exact":
+        is_head = attributes["role"] == b"head"
+        if self.weights.kind == "exact" or (is_head and self.weights.head == "exact"):
             return self._exact(node, sources)
         if self.target.tensorrt:
             return self._dequantize_linear(node, sources)
-        return self._matmul_nbits(node, sources)
+        if is_head and self.weights.head == "int8":
+            return self._matmul_nbits(node, sources, bits=8)
+        if self.weights.symmetric:
+            return self._matmul_nbits(node, sources, bits=4)
+        return self._matmul_affine(node, sources)
 
     def _exact(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """Gemm on the checkpoint's own values [N, K], cast to the activation type when the engine loads."""
@@ -157,52 +171,81 @@ class _Lowering:
             name = f"{node.name}.cast"
         return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
 
-    def _quantized(self, sources: list[LazyTensor]) -> Iterator[Int4Rows]:
-        for source in sources:
-            for rows in _row_chunks(source):
-                wide = _convert(source.name, rows, np.dtype(np.float32))
-                yield quantize_int4(wide, self.weights.group_size, self.weights.symmetric)
+    def _matmul_nbits(self, node: onnx.NodeProto, sources: list[LazyTensor], bits: int) -> list[onnx.NodeProto]:
+        """ONNX Runtime's MatMulNBits without zero points: code 2^(bits-1) means 0."""
+        quantized = (quantize_symmetric(rows, self.weights.group_size, bits) for rows in _float_rows(sources))
+        return [self._store_matmul_nbits(node.name, node.input[0], node.output[0], sources, quantized, bits)]
 
-    def _matmul_nbits(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """ONNX Runtime's MatMulNBits; accuracy level 4 quantises activations to int8 inside the operator."""
-        n, k = sum(s.shape[0] for s in sources), sources[0].shape[1]
+    def _matmul_affine(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """Groups with a minimum of their own: x W^T = MatMulNBits(x, codes - 8) + (sums of x by group) offset^T.
+
+        offset = minimum + 8 scale is what the operator's fixed zero point leaves over; a whole-number zero point
+        would cost up to half a step of every weight.
+        """
+        x, y, name, group = node.input[0], node.output[0], node.name, self.weights.group_size
+        n, k = _stacked_shape(sources)
+        if k % group:
+            raise EdgeError(
+                f"{name}: {k} input features are not a multiple of group size {group}, which asymmetric int4 needs; "
+                "choose a smaller --group-size or --symmetric"
+            )
+        offsets: list[np.ndarray] = []
+
+        def quantized() -> Iterator[QuantizedRows]:
+            for rows in _float_rows(sources):
+                part = quantize_affine(rows, group)
+                offsets.append(part.minima + 8 * part.scales)
+                yield part
+
+        product = self._store_matmul_nbits(name, x, f"{name}.product", sources, quantized(), bits=4)
+        offset = self._store(f"{name}.offsets", TensorProto.FLOAT, [n, k // group], offsets)
+        if not any(t.name == "group_shape" for t in self.initializers):
+            self.initializers.append(numpy_helper.from_array(np.array([0, -1, group], np.int64), "group_shape"))
+            self.initializers.append(numpy_helper.from_array(np.array([2], np.int64), "group_axis"))
+        grouped, sums = f"{name}.grouped", f"{name}.sums"
+        return [
+            product,
+            helper.make_node("Reshape", [x, "group_shape"], [grouped], grouped),
+            helper.make_node("ReduceSum", [grouped, "group_axis"], [sums], sums, keepdims=0),
+            helper.make_node("Gemm", [sums, offset, product.output[0]], [y], name, transB=1),
+        ]
+
+    def _store_matmul_nbits(
+        self, name: str, x: str, y: str, sources: list[LazyTensor], quantized: Iterable[QuantizedRows], bits: int
+    ) -> onnx.NodeProto:
+        """Codes and scales go to the file; accuracy level 4 quantises activations to int8 inside the operator."""
+        n, k = _stacked_shape(sources)
         group = self.weights.group_size
-        blocks = -(-k // group)
+        groups = -(-k // group)
         scales: list[np.ndarray] = []
-        zero_points: list[np.ndarray] = []
 
         def packed() -> Iterator[np.ndarray]:
-            for part in self._quantized(sources):
+            for part in quantized:
                 scales.append(part.scales)
-                zero_points.append(pack_nibbles(part.zero_points))
-                yield pack_nibbles(part.codes)
+                yield pack_nibbles(part.codes) if bits == 4 else part.codes
 
-        inputs = [node.input[0], f"{node.name}.int4", f"{node.name}.scales"]
-        add = self.file.add
-        self.initializers.append(add(inputs[1], TensorProto.UINT8, [n, blocks, group // 2], packed()))
-        self.initializers.append(add(inputs[2], TensorProto.FLOAT, [n * blocks], scales))
-        if not self.weights.symmetric:
-            inputs.append(f"{node.name}.zero_points")
-            shape = [n * -(-blocks // 2)]
-            self.initializers.append(add(inputs[3], TensorProto.UINT8, shape, zero_points))
-        return [
-            helper.make_node(
-                "MatMulNBits",
-                inputs,
-                list(node.output),
-                node.name,
-                domain="com.microsoft",
-                K=k,
-                N=n,
-                bits=4,
-                block_size=group,
-                accuracy_level=4,
-            )
-        ]
+        codes = self._store(f"{name}.int{bits}", TensorProto.UINT8, [n, groups, group * bits // 8], packed())
+        scale = self._store(f"{name}.scales", TensorProto.FLOAT, [n * groups], scales)
+        return helper.make_node(
+            "MatMulNBits",
+            [x, codes, scale],
+            [y],
+            f"{name}.nbits",
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=bits,
+            block_size=group,
+            accuracy_level=4,
+        )
+
+    def _store(self, name: str, element_type: int, shape: list[int], chunks: Iterable[np.ndarray]) -> str:
+        self.initializers.append(self.file.add(name, element_type, shape, chunks))
+        return name
 
     def _dequantize_linear(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """TensorRT's native int4: block-wise DequantizeLinear [N, K], transposed into a MatMul."""
-        n, k = sum(s.shape[0] for s in sources), sources[0].shape[1]
+        n, k = _stacked_shape(sources)
         group = self.weights.group_size
         if k % group:
             raise EdgeError(
@@ -212,14 +255,14 @@ class _Lowering:
         scales: list[np.ndarray] = []
 
         def packed() -> Iterator[np.ndarray]:
-            for part in self._quantized(sources):
+            for rows in _float_rows(sources):
+                part = quantize_symmetric(rows, group, bits=4)
                 scales.append(_convert(f"{node.name}.scales", part.scales, np.dtype(np.float16)))
                 # code - 8 in two's complement is the code with its top bit flipped
                 yield pack_nibbles(part.codes.reshape(len(part.codes), -1) ^ 8)
 
-        int4, scale = f"{node.name}.int4", f"{node.name}.scales"
-        self.initializers.append(self.file.add(int4, TensorProto.INT4, [n, k], packed()))
-        self.initializers.append(self.file.add(scale, TensorProto.FLOAT16, [n, k // group], scales))
+        int4 = self._store(f"{node.name}.int4", TensorProto.INT4, [n, k], packed())
+        scale = self._store(f"{node.name}.scales", TensorProto.FLOAT16, [n, k // group], scales)
         dense, transposed = f"{node.name}.dense", f"{node.name}.transposed"
         return [
             helper.make_node("DequantizeLinear", [int4, scale], [dense], dense, axis=1, block_size=group),
@@ -236,6 +279,18 @@ def _row_chunks(source: LazyTensor) -> Iterator[np.ndarray]:
         rows = source.read(slice(start, start + step))
         require_finite(source.name, rows)
         yield rows
+
+
+def _float_rows(sources: list[LazyTensor]) -> Iterator[np.ndarray]:
+    """The sources' rows one after another, float32, in chunks."""
+    for source in sources:
+        for rows in _row_chunks(source):
+            yield _convert(source.name, rows, np.dtype(np.float32))
+
+
+def _stacked_shape(sources: list[LazyTensor]) -> tuple[int, int]:
+    """(N, K) of the stacked rows."""
+    return sum(source.shape[0] for source in sources), sources[0].shape[1]
 
 
 def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:

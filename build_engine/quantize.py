@@ -1,4 +1,4 @@
-"""Round-to-nearest 4-bit quantisation of linear weights, in blocks along the input dimension."""
+"""Round-to-nearest quantisation of linear weights, in groups along the input dimension."""
 
 from __future__ import annotations
 
@@ -10,48 +10,61 @@ GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Int4Rows:
-    """Some rows of a weight matrix: value = (code - zero_point) * scale.
+class QuantizedRows:
+    """Some rows of a weight matrix: value = code * scale + minimum.
 
-    codes [rows, blocks, group] uint8 in 0..15; scales, zero_points [rows, blocks] (float32, uint8).
+    codes [rows, groups, group_size] uint8; scales, minima [rows, groups] float32. Scales are positive.
     """
 
     codes: np.ndarray
     scales: np.ndarray
-    zero_points: np.ndarray
+    minima: np.ndarray
 
     def dequantize(self) -> np.ndarray:
-        """[rows, blocks * group] float32."""
-        values = (self.codes.astype(np.float32) - self.zero_points[..., None]) * self.scales[..., None]
+        """[rows, groups * group_size] float32."""
+        values = self.codes.astype(np.float32) * self.scales[..., None] + self.minima[..., None]
         return values.reshape(len(values), -1)
 
 
-def quantize_int4(weight: np.ndarray, group_size: int, symmetric: bool) -> Int4Rows:
-    """weight [rows, K] float32 -> codes; K is padded with zeros to whole groups.
+def quantize_symmetric(weight: np.ndarray, group_size: int, bits: int) -> QuantizedRows:
+    """weight [rows, K] float32 -> codes around 2^(bits-1), the one that means 0.
 
-    Symmetric: zero point 8, and the value of largest magnitude maps to code 0 exactly (GGML's Q4_0 rule).
-    Asymmetric: 16 levels between the group's minimum and maximum, 0 always among them.
+    The scale is the smallest positive one that clips nothing: max(w / (2^(bits-1) - 1), -w / 2^(bits-1)).
+    8 bits: max|w| / 127, so that the values of a GGML Q8_0 block come back exactly.
     """
-    rows, width = weight.shape
-    blocks = -(-width // group_size)
-    if blocks * group_size != width:
-        weight = np.pad(weight, ((0, 0), (0, blocks * group_size - width)))
-    groups = weight.reshape(rows, blocks, group_size)
-    if symmetric:
-        largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)[..., 0]
-        scales = largest / np.float32(-8)
-        zero_points = np.full((rows, blocks), 8, np.uint8)
+    groups = _groups(weight, group_size)
+    zero = 1 << (bits - 1)
+    if bits == 8:
+        scales = np.abs(groups).max(-1) / np.float32(zero - 1)
     else:
-        low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
-        scales = (high - low) / np.float32(15)
-        zero_points = np.rint(np.divide(-low, scales, out=np.zeros_like(low), where=scales != 0)).astype(np.uint8)
+        scales = np.maximum(groups.max(-1) / np.float32(zero - 1), groups.min(-1) / np.float32(-zero))
     scales[scales == 0] = 1  # an all-zero group; TensorRT refuses a zero scale
-    codes = np.rint(groups / scales[..., None]) + zero_points[..., None]
-    return Int4Rows(np.clip(codes, 0, 15).astype(np.uint8), scales, zero_points)
+    codes = np.rint(groups / scales[..., None]) + zero
+    return QuantizedRows(np.clip(codes, 0, 2 * zero - 1).astype(np.uint8), scales, -zero * scales)
+
+
+def quantize_affine(weight: np.ndarray, group_size: int) -> QuantizedRows:
+    """weight [rows, K] float32 -> 16 levels from each group's minimum to its maximum.
+
+    The minimum is kept as it is and not rounded to a whole number of steps, so that the values of a GGML Q4_1
+    block come back exactly.
+    """
+    groups = _groups(weight, group_size)
+    minima = groups.min(-1)
+    scales = (groups.max(-1) - minima) / np.float32(15)
+    scales[scales == 0] = 1
+    codes = np.rint((groups - minima[..., None]) / scales[..., None])
+    return QuantizedRows(codes.astype(np.uint8), scales, minima)
+
+
+def _groups(weight: np.ndarray, group_size: int) -> np.ndarray:
+    """[rows, K] -> [rows, groups, group_size], K padded with zeros to whole groups."""
+    rows, width = weight.shape
+    if missing := -width % group_size:
+        weight = np.pad(weight, ((0, 0), (0, missing)))
+    return weight.reshape(rows, -1, group_size)
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Two 4-bit codes a byte along the last axis, the first in the low nibble; an odd end is padded with 0."""
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    """Two 4-bit codes a byte along the last axis (of even length), the first in the low nibble."""
     return codes[..., ::2] | (codes[..., 1::2] << 4)

@@ -36,9 +36,7 @@ class WeightsFile:
         """Hash of all that was written so far, in hexadecimal."""
         return self._hash.hexdigest()
 
-    def add(
-        self, name: str, element_type: int, shape: list[int], chunks: Iterable[np.ndarray]
-    ) -> onnx.TensorProto:
+    def add(self, name: str, element_type: int, shape: list[int], chunks: Iterable[np.ndarray]) -> onnx.TensorProto:
         """Append the concatenation of `chunks` (raw little-endian bytes) -> a tensor that refers to it."""
         self._write(b"\0" * (-self.bytes_written % ALIGNMENT))
         offset = self.bytes_written

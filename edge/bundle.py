@@ -133,8 +133,6 @@ def _check_file(path: Path, entry: FileEntry, verify: bool) -> None:
         raise EdgeError(f"the bundle's file {path} is missing; copy it again or export the bundle again")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise EdgeError(
-            f"the bundle's file {path} is damaged: {size} bytes instead of {entry.bytes}; copy it again"
-        )
+        raise EdgeError(f"the bundle's file {path} is damaged: {size} bytes instead of {entry.bytes}; copy it again")
     if verify and hash_file(path) != entry.sha256:
         raise EdgeError(f"the bundle's file {path} is damaged: its sha256 differs from the manifest's; copy it again")

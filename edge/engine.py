@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Session:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """Tokens after `prompt_ids` (the whole conversation so far). The shared prefix is not computed again.
 
         `progress(done, total)` counts prompt tokens during the prefill.
@@ -51,16 +51,15 @@ class Session:
         sequence.tokens = list(prompt_ids)
         sequence.prompt_length = len(prompt_ids)
         sampler = Sampler(params, prompt_ids)
-        room = self._engine.max_context - len(prompt_ids)
+        limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
         end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
-        for index in range(min(params.max_tokens, room)):
+        for index in range(limit):
             logits = self._engine.advance(sequence, progress)
             token = sampler.sample(logits)
             sequence.tokens.append(token)
+            reason = "length" if index + 1 == limit else None
             if token in end_tokens:
                 reason = "stop"
-            else:
-                reason = "length" if index + 1 == min(params.max_tokens, room) else None
             yield TokenEvent(token, reason)
             if reason is not None:
                 return
@@ -102,7 +101,9 @@ class Engine:
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
-            raise UsageError(f"token id {bad} is outside the vocabulary of {self.vocab_size}; use ids 0..{self.vocab_size - 1}")
+            raise UsageError(
+                f"token id {bad} is outside the vocabulary of {self.vocab_size}; use ids 0..{self.vocab_size - 1}"
+            )
         if len(ids) >= self.max_context:
             raise EdgeError(
                 f"the prompt has {len(ids)} tokens and the context is limited to {self.max_context}; shorten it, "
@@ -118,7 +119,7 @@ class Engine:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """One reply in a session of its own."""
         session = self.open_session()
         try:
@@ -126,9 +127,7 @@ class Engine:
         finally:
             session.close()
 
-    def advance(
-        self, sequence: ScheduledSequence, progress: Callable[[int, int], None] | None = None
-    ) -> np.ndarray:
+    def advance(self, sequence: ScheduledSequence, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Run steps until every known token of the sequence is computed -> logits [vocab] after the last."""
         while step := self._scheduler.next_step([sequence]):
             result = self._executor.step(step.batch)
@@ -166,7 +165,7 @@ class Engine:
         }
 
 
-def open_engine(path: Path, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008
+def open_engine(path: Path, options: EngineOptions) -> Engine:
     """Open a bundle, plan its memory and load its executor."""
     bundle = open_bundle(path)
     plan = make_plan(bundle, options)

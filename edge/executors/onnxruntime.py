@@ -32,9 +32,7 @@ class OnnxRuntimeExecutor:
         options.enable_mem_pattern = False  # every step has its own shapes
         self._library = register(options)
         try:
-            self._session = ort.InferenceSession(
-                str(bundle.file(GRAPH)), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(str(bundle.file(GRAPH)), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EdgeError(f"ONNX Runtime cannot load {bundle.file(GRAPH)}: {error}") from error
         self._input_names = {node.name for node in self._session.get_inputs()}

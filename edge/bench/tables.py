@@ -1,0 +1,185 @@
+"""The report as text: number formats, tables for the terminal (80 columns) and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from edge.bench.machine import Machine
+from edge.bench.measure import PERCENTILES, CaseResult, Summary
+from edge.bench.report import Report, compare_peers, execution, notes
+
+NONE = "-"
+PEER_HEADINGS = ("Engine", "Context", "Prefill tok/s", "ours / it", "Decode tok/s", "ours / it")
+
+
+def format_number(value: float | None) -> str:
+    """Three significant digits, thousands separated: 0.512, 9.84, 75.2, 13,558."""
+    if value is None:
+        return NONE
+    if value == 0 or abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    decimals = next(d for d, limit in ((1, 9.995), (2, 0.9995), (3, 0.0)) if abs(value) >= limit)
+    return f"{value:.{decimals}f}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Milliseconds below a second, seconds above."""
+    if seconds is None:
+        return NONE
+    return f"{format_number(seconds * 1000)} ms" if seconds < 0.9995 else f"{format_number(seconds)} s"
+
+
+def format_bytes(size: float | None) -> str:
+    """MiB below 1 GiB, GiB above."""
+    if size is None:
+        return NONE
+    unit, scale = ("MiB", 2**20) if size < 1023.5 * 2**20 else ("GiB", 2**30)
+    return f"{format_number(size / scale)} {unit}"
+
+
+def format_spread(summary: Summary | None) -> str:
+    """Slowest to fastest repetition; empty where there is only one."""
+    if summary is None or summary.interval is None:
+        return ""
+    return f"{format_number(summary.low)} to {format_number(summary.high)}"
+
+
+def format_ratio(ratio: float | None) -> str:
+    """Our figure over the peer's: 1.08x."""
+    return NONE if ratio is None else f"{ratio:.2f}x"
+
+
+def format_percentiles(result: CaseResult) -> list[str]:
+    """p50, p90 and p99 of the inter-token intervals in milliseconds."""
+    percentiles = result.interval_percentiles_s
+    return [format_number(percentiles[p] * 1000 if percentiles else None) for p in PERCENTILES]
+
+
+def machine_line(machine: Machine) -> str:
+    """The hardware in one line."""
+    name = f"{machine.board}, {machine.cpu_model}" if machine.board else machine.cpu_model
+    cores = f"{machine.usable_cores} of {machine.logical_cores} cores"
+    return f"{name}, {cores}, {format_bytes(machine.memory_bytes)} memory"
+
+
+def model_line(report: Report) -> str:
+    """The model and how its weights are stored."""
+    model, weights = report.engine.get("model", "unknown model"), report.engine.get("weights")
+    return f"{model}, {weights} weights" if weights else model
+
+
+def workload_line(report: Report) -> str:
+    """Repetitions and lengths: what one row of the results stands for."""
+    repeats = _counted([len(result.repetitions) for result in report.cases], "repetition")
+    new = _counted([result.case.new_tokens for result in report.cases], "new token")
+    return f"{repeats} after a warm-up, {new} each"
+
+
+def terminal(report: Report) -> RenderableType:
+    """The report for a terminal of 80 columns; readable without colour and when piped into a file."""
+    parts: list[RenderableType] = [
+        Text(f"Benchmark of {model_line(report)}", style="bold"),
+        Text(f"Measured on this machine: {machine_line(report.machine)}.\n{execution(report)}."),
+        Text(f"{workload_line(report)}.\n"),
+        _result_table(report),
+    ]
+    if any(len(result.repetitions) > 1 for result in report.cases):
+        parts.append(Text("Medians; below them the slowest to the fastest repetition.", style="dim"))
+    if report.peers:
+        parts += [Text(), _peer_table(report)]
+    if found := notes(report):
+        parts += [Text(), *(Text(f"Note: {note}") for note in found)]
+    return Group(*parts)
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown, for an issue or a README."""
+    rows = [_result_cells(result, " (", ")") for result in report.cases]
+    percentiles = [f"p{p} ms" for p in PERCENTILES]
+    headings = ["Context", "TTFT", "Prefill tok/s", "Decode tok/s", *percentiles, "Peak memory"]
+    lines = [
+        f"# Benchmark of {_plain(model_line(report))}",
+        "",
+        f"Measured on this machine: {_plain(machine_line(report.machine))}. {_plain(execution(report))}.",
+        f"{workload_line(report)}; medians (slowest to fastest).",
+        "",
+        *_markdown_table(headings, rows),
+    ]
+    if report.peers:
+        lines += ["", *_markdown_table(PEER_HEADINGS, _peer_cells(report))]
+    lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
+    return "\n".join(lines) + "\n"
+
+
+def _result_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    rates, percentiles = ("Prefill\ntok/s", "Decode\ntok/s"), [f"p{p}\nms" for p in PERCENTILES]
+    for heading in ("Context\ntokens", "\nTTFT", *rates, *percentiles, "Peak\nmemory"):
+        # only the spreads may wrap, between two numbers
+        table.add_column(heading, justify="right", no_wrap=heading not in rates)
+    for result in report.cases:
+        table.add_row(*_result_cells(result, "\n", ""))
+    return table
+
+
+def _peer_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in PEER_HEADINGS:
+        is_name = heading == PEER_HEADINGS[0]
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
+    for name, *cells in _peer_cells(report):
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def _result_cells(result: CaseResult, before_spread: str, after_spread: str) -> list[str]:
+    def with_spread(summary: Summary | None) -> str:
+        spread = format_spread(summary)
+        median = format_number(summary.median if summary else None)
+        return f"{median}{before_spread}{spread}{after_spread}" if spread else median
+
+    return [
+        f"{result.case.prompt_tokens:,}",
+        format_seconds(result.ttft_s.median),
+        with_spread(result.prefill_tok_s),
+        with_spread(result.decode_tok_s),
+        *format_percentiles(result),
+        format_bytes(result.memory.peak_bytes),
+    ]
+
+
+def _peer_cells(report: Report) -> list[list[str]]:
+    return [
+        [
+            row.peer.name,
+            f"{row.peer.prompt_tokens:,}",
+            format_number(row.peer.prefill_tok_s),
+            format_ratio(row.prefill_ratio),
+            format_number(row.peer.decode_tok_s),
+            format_ratio(row.decode_ratio),
+        ]
+        for row in compare_peers(report)
+    ]
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [headings, *rows]
+    cells = [f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines]
+    return [cells[0], f"|{' ---: |' * len(headings)}", *cells[1:]]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text.replace("\n", " "))
+
+
+def _counted(values: Sequence[int], noun: str) -> str:
+    """3 repetitions, 1 repetition, or 3 to 5 repetitions."""
+    low, high = min(values), max(values)
+    return f"{low:,} {noun}{'s' * (low != 1)}" if low == high else f"{low:,} to {high:,} {noun}s"

@@ -1,0 +1,66 @@
+"""`edge bench`: measure a bundle on this machine and write the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge.cli import options as opt
+from edge.cli.console import note, out, progress_bar
+from edge.engine import open_engine
+from edge.errors import UsageError
+
+
+def bench(
+    bundle: opt.BundlePath,
+    contexts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "128,512,2048",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after each prompt.")] = 32,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions of each length, after one warm-up.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    context: opt.Context = None,
+    memory: opt.Memory = None,
+    threads: opt.Threads = None,
+    chunk: opt.Chunk = 512,
+    json: opt.Json = False,
+) -> None:
+    """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
+
+    Examples:
+
+      edge bench bundle
+
+      edge bench bundle --contexts 512,8192 --html report.html
+    """
+    from edge.bench.html import render_html
+    from edge.bench.measure import BenchCase
+    from edge.bench.report import run_bench, to_json, write_text
+    from edge.bench.tables import markdown as as_markdown
+    from edge.bench.tables import terminal
+
+    cases = [BenchCase(length, new_tokens) for length in _lengths(contexts)]
+    longest = max(case.prompt_tokens for case in cases) + new_tokens
+    engine = open_engine(bundle, opt.engine_options(context or longest, memory, threads, chunk))
+    with progress_bar("measuring", quiet=json) as progress:
+        report = run_bench(engine, cases, repeat=repeat, progress=progress)
+    for path, render in ((html, render_html), (markdown, as_markdown), (output, to_json)):
+        if path is not None:
+            write_text(path, render(report))
+            note(f"report written to {path}")
+    if json:
+        print(to_json(report))
+    else:
+        out.print(terminal(report))
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--contexts {text!r} is no list of whole numbers; write it as 128,512,2048") from None
+    if min(lengths) < 1:
+        raise UsageError(f"--contexts {text!r} holds a length below 1; the shortest prompt has one token")
+    return lengths

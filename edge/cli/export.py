@@ -1,0 +1,86 @@
+"""`edge export` and `edge build`: the host's commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge.cli.console import note, print_json, progress_bar
+from edge.cli.options import Json
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face folder (safetensors) or .gguf file.")
+]
+
+
+def export(
+    checkpoint: CheckpointPath,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    weights: Annotated[str, typer.Option(help="exact (the checkpoint's values) or w4a16 (int4).")] = "w4a16",
+    target: Annotated[str, typer.Option(help="onnxruntime (CPU) or rtx (TensorRT-RTX).")] = "onnxruntime",
+    group_size: Annotated[int, typer.Option(help="Weights that share an int4 scale: 32, 64 or 128.")] = 32,
+    symmetric: Annotated[bool, typer.Option(help="int4 without zero points; TensorRT needs it.")] = False,
+    head: Annotated[
+        str | None, typer.Option(help="Format of the output head: exact, int8 or int4. Default: int8, exact for rtx.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn a checkpoint into a bundle: graph, packed weights, tokenizer, manifest.
+
+    Examples:
+
+      edge export MiniCPM4-0.5B --out bundle
+
+      edge export model.Q4_1.gguf --out exact --weights exact
+    """
+    from build_engine.checkpoint import open_checkpoint
+    from build_engine.export import ExportOptions, export_bundle
+    from build_engine.lowering import WeightFormat
+
+    head = head or ("exact" if target == "rtx" else "int8")
+    options = ExportOptions(target, WeightFormat(weights, group_size, symmetric, head), overwrite)
+    with progress_bar("exporting", quiet=json) as progress:
+        bundle = export_bundle(open_checkpoint(checkpoint), out, options, progress)
+    report_bundle(bundle, as_json=json)
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle exported with --target rtx.")],
+    target: Annotated[str, typer.Option(help="rtx (TensorRT-RTX; needs no GPU to build).")] = "rtx",
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context. Default: the model's.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Most prompt tokens a step.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Most sequences a decode step.")] = 8,
+    json: Json = False,
+) -> None:
+    """Compile a bundle's graph into a TensorRT engine with a prefill and a decode profile.
+
+    Examples:
+
+      edge export MiniCPM4-0.5B --out bundle-rtx --target rtx --symmetric
+
+      edge build bundle-rtx --target rtx
+    """
+    from build_engine.tensorrt import BuildOptions, build_engine
+
+    options = BuildOptions(target, max_context, chunk, batch)
+    with progress_bar("building", quiet=json) as progress:
+        report = build_engine(bundle, options, progress)
+    if json:
+        print_json(report.to_dict())
+    else:
+        note(report.describe())
+
+
+def report_bundle(path: Path, *, as_json: bool) -> None:
+    """What was written, in a line or as JSON."""
+    from edge.bundle import open_bundle
+
+    manifest = open_bundle(path, verify=False).manifest
+    size = sum(entry.bytes for entry in manifest.files.values())
+    if as_json:
+        print_json({"bundle": str(path), "bytes": size, "key": manifest.key, "weights": manifest.weights})
+        return
+    note(f"{path}: {manifest.name}, {manifest.weights['description']} for {manifest.target}, {size / 2**20:.0f} MiB")

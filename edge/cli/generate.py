@@ -1,0 +1,285 @@
+"""`edge run` and `edge chat`: text in, text out."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edge.cli import options as opt
+from edge.cli.console import err, note, out, print_json, progress_bar
+from edge.engine import Engine, Session, open_engine
+from edge.errors import UsageError
+from edge.sampler import SamplingParams
+from edge.stream import TextStream
+from edge.text import TextSettings, Tokenizer
+
+
+@dataclass
+class Reply:
+    """A reply as it grows, and when its tokens came."""
+
+    prompt_tokens: int
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str = "length"
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    def summary(self) -> str:
+        """Tokens and speeds in a line."""
+        decode = self.total_seconds - self.first_token_seconds
+        speed = f", {(self.tokens - 1) / decode:.1f} tok/s" if self.tokens > 1 and decode > 0 else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens, first token after {self.first_token_seconds:.2f} s; "
+            f"{self.tokens} tokens{speed}"
+        )
+
+
+def run(
+    bundle: opt.BundlePath,
+    prompt: Annotated[str | None, typer.Option(help="The question. Default: --file, or standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this UTF-8 file.")] = None,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    max_tokens: opt.MaxTokens = 512,
+    stop: opt.Stop = None,
+    thinking: opt.Thinking = None,
+    context: opt.Context = None,
+    memory: opt.Memory = None,
+    threads: opt.Threads = None,
+    chunk: opt.Chunk = 512,
+    json: opt.Json = False,
+) -> None:
+    """Answer one prompt; the text streams to standard output.
+
+    Examples:
+
+      edge run bundle --prompt "What is the capital of France?" --temperature 0
+
+      cat notes.txt | edge run bundle --raw --max-tokens 100
+    """
+    text = read_prompt(prompt, file)
+    engine = open_engine(bundle, opt.engine_options(context, memory, threads, chunk))
+    tokenizer = load_tokenizer(engine)
+    params = opt.sampling_params(
+        engine.bundle.manifest.generation,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop,
+    )
+    if raw:
+        ids = tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}], enable_thinking=thinking)
+    session = engine.open_session()
+    reply = Reply(len(ids))
+    try:
+        for piece in stream_reply(session, tokenizer, ids, params, reply, after_prompt=raw):
+            if not json:
+                write(piece)
+    finally:
+        if not json and reply.text:
+            write("\n")
+    if json:
+        print_json({**vars(reply), "bundle": engine.describe()})
+    else:
+        note(reply.summary())
+
+
+def chat(
+    bundle: opt.BundlePath,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    max_tokens: opt.MaxTokens = 1024,
+    thinking: opt.Thinking = None,
+    context: opt.Context = None,
+    memory: opt.Memory = None,
+    threads: opt.Threads = None,
+) -> None:
+    """Talk over several turns; each turn computes only what is new. Ctrl-C stops a reply, Ctrl-D ends the chat.
+
+    Commands: /reset forgets the conversation, /exit leaves.
+
+    Example:
+
+      edge chat bundle --temperature 0.7
+    """
+    engine = open_engine(bundle, opt.engine_options(context, memory, threads))
+    tokenizer = load_tokenizer(engine)
+    params = opt.sampling_params(
+        engine.bundle.manifest.generation,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+    beginning = [{"role": "system", "content": system}] if system is not None else []
+    messages = list(beginning)
+    session = engine.open_session()
+    note("Ctrl-D or /exit ends the chat, /reset forgets it, Ctrl-C stops a reply")
+    while (line := read_line()) is not None:
+        if line.strip() == "/exit":
+            return
+        if line.strip() == "/reset":
+            messages = list(beginning)
+            continue
+        if not line.strip():
+            continue
+        turn = [*messages, {"role": "user", "content": line}]
+        reply = take_turn(session, tokenizer, turn, params, thinking)
+        if reply is not None:
+            messages = [*turn, {"role": "assistant", "content": reply.text}]
+            note(reply.summary())
+
+
+def take_turn(
+    session: Session,
+    tokenizer: Tokenizer,
+    messages: list[dict[str, str]],
+    params: SamplingParams,
+    thinking: bool | None,
+) -> Reply | None:
+    """Stream one reply; None (and a sentence) if it could not be given, so that the chat goes on."""
+    from edge.errors import EdgeError
+
+    try:
+        ids = tokenizer.encode_chat(messages, enable_thinking=thinking)
+        reply = Reply(len(ids))
+        try:
+            for piece in stream_reply(session, tokenizer, ids, params, reply):
+                write(piece)
+        except KeyboardInterrupt:
+            note(" (stopped)")
+        write("\n")
+        return reply
+    except EdgeError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        return None
+
+
+def stream_reply(
+    session: Session,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    params: SamplingParams,
+    reply: Reply,
+    *,
+    after_prompt: bool = False,
+) -> Iterator[str]:
+    """Pieces of text as they become certain; `reply` is kept up to date."""
+    stream = TextStream(tokenizer, params.stop, after_prompt=after_prompt)
+    started = time.perf_counter()
+    with progress_bar("reading the prompt") as progress:
+        # The bar must be gone before the first piece of text is written.
+        events = session.generate(ids, params, progress)
+        first = next(events)
+    reply.first_token_seconds = time.perf_counter() - started
+    with contextlib.closing(events):
+        event = first
+        while True:
+            reply.tokens += 1
+            reply.total_seconds = time.perf_counter() - started
+            ended = event.finish_reason == "stop"
+            piece = "" if ended else stream.push(event.token_id)
+            if event.finish_reason is not None and stream.stopped is None:
+                piece += stream.finish()
+                reply.finish_reason = event.finish_reason
+            if stream.stopped is not None:
+                reply.finish_reason = "stop"
+            reply.text += piece
+            if piece:
+                yield piece
+            if event.finish_reason is not None or stream.stopped is not None:
+                return
+            event = next(events)
+
+
+def load_tokenizer(engine: Engine) -> Tokenizer:
+    """The bundle's tokenizer, or a sentence that it has none."""
+    text = engine.bundle.manifest.text
+    if text is None:
+        raise UsageError(
+            f"{engine.bundle.path} holds no tokenizer, because its checkpoint had none; export a checkpoint with "
+            "tokenizer.json, or use `edge logits` with token ids"
+        )
+    return Tokenizer.load(engine.bundle.path, TextSettings.from_dict(text))
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """From --prompt, --file or standard input, exactly one of them."""
+    if prompt is not None and file is not None:
+        raise UsageError("--prompt and --file were both given; choose one")
+    if prompt is not None:
+        text = prompt
+    elif file is not None:
+        text = _decode(_read_file(file), str(file))
+    elif sys.stdin.isatty():
+        raise UsageError("there is no prompt; give --prompt TEXT or --file PATH, or pipe text in")
+    else:
+        text = _decode(sys.stdin.buffer.read(), "standard input")
+    if not text.strip():
+        raise UsageError("the prompt is empty; give at least one word")
+    return text
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}); give a readable text file") from None
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source} is not UTF-8 (byte {error.start}); convert it first") from None
+
+
+def read_line() -> str | None:
+    """One line from the person, None at the end of input."""
+    try:
+        return input("> ") if sys.stdin.isatty() else _piped_line()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        write("\n")
+        return None
+
+
+def _piped_line() -> str | None:
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def write(text: str) -> Any:
+    """Model text goes out as it is: no markup, no wrapping."""
+    out.file.write(text)
+    out.file.flush()

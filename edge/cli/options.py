@@ -1,0 +1,85 @@
+"""Options that several commands share, and how they become the library's option objects."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from edge.errors import UsageError
+from edge.plan import EngineOptions
+from edge.sampler import SamplingParams
+
+BundlePath = Annotated[Path, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens a conversation may hold. Default: the model's limit, if it fits.")
+]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory budget, as 4GiB or 900MB. Default: 90 % of what is free.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all this process may use.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Prompt tokens computed at once.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own setting, else 0.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability mass.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that already occurred.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="Thinking mode of templates that have one (MiniCPM4.1).")
+]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """'4GiB', '900MB', '1.5G' or plain bytes -> bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
+    if match is None:
+        raise UsageError(f"{text!r} is no size; write it as 4GiB, 900MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def engine_options(
+    context: int | None, memory: str | None, threads: int | None, chunk: int = EngineOptions.chunk
+) -> EngineOptions:
+    """The one options object that reaches the engine."""
+    return EngineOptions(
+        context=context,
+        memory=None if memory is None else parse_size(memory),
+        threads=threads or EngineOptions.threads,
+        chunk=chunk,
+    )
+
+
+def sampling_params(defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
+    """What the user chose, then the model's generation_config, then greedy. A greedy choice drops the filters."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    values = {name: defaults[name] for name in names if defaults.get(name) is not None}
+    if defaults.get("do_sample") is False:
+        values.pop("temperature", None)
+    values.update({name: value for name, value in chosen.items() if value is not None})
+    if "stop" in values:
+        values["stop"] = tuple(values["stop"])
+    return SamplingParams(**values)
+
+
+def load_ids(path: Path) -> list[int]:
+    """Token ids from a .npy file of whole numbers, any shape with one row."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; give a .npy file of token ids") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} is no readable .npy file ({error}); write it with numpy.save") from None
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UsageError(f"{path} holds {ids.dtype} values; token ids must be whole numbers")
+    if ids.size != max(ids.shape, default=0):
+        raise UsageError(f"{path} has shape {ids.shape}; give one sequence of ids")
+    return [int(i) for i in ids.reshape(-1)]
