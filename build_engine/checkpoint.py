@@ -34,6 +34,7 @@ class LazyTensor:
     `read(slice(a, b))` returns rows a..b of the first axis as `dtype`, and `read(slice(None))` all of them.
     16- and 32-bit formats give a read-only view into the memory map (GGUF's q and k projections, whose rows
     are stored in another order, a copy of the rows asked for); quantised formats are dequantised to float32.
+    `release()` lets the mapped pages that were read leave memory; reading again brings them back.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LazyTensor:
     dtype: np.dtype
     stored_as: str
     read: Callable[[slice], np.ndarray]
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -207,6 +208,8 @@ def _hf_name(name: str) -> str:
 def _lazy_tensor(tensor: gguf.gguf_reader.ReaderTensor, config: ModelConfig, path: Path) -> LazyTensor:
     kind = tensor.tensor_type
     data = tensor.data.view(np.ndarray)
+    mapping = getattr(tensor.data, "_mmap", None)  # the whole file's, under every tensor's view
+    release = partial(mapping.madvise, mmap.MADV_DONTNEED) if mapping is not None else _nothing
     name = _hf_name(tensor.name)
     heads = {
         "q_proj.weight": config.num_attention_heads,
@@ -223,7 +226,11 @@ def _lazy_tensor(tensor: gguf.gguf_reader.ReaderTensor, config: ModelConfig, pat
         supported = ", ".join(t.name for t in (*_PLAIN, *_QUANTISED))
         raise EdgeError(f"{path}: tensor {tensor.name} is stored as {kind.name}; supported are {supported}")
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    return LazyTensor(name, shape, dtype, kind.name, read)
+    return LazyTensor(name, shape, dtype, kind.name, read, release)
+
+
+def _nothing() -> None:
+    """For a tensor that is not mapped."""
 
 
 def _hf_row_order(data: np.ndarray, heads: int, path: Path, name: str) -> Callable[[slice], np.ndarray]:

@@ -277,8 +277,9 @@ def _row_chunks(source: LazyTensor) -> Iterator[np.ndarray]:
     step = max(1, CHUNK_BYTES // max(row_bytes, 1))
     for start in range(0, source.shape[0], step):
         rows = source.read(slice(start, start + step))
-        require_finite(source.name, rows)
+        require_finite(source.name, rows, start)
         yield rows
+        source.release()
 
 
 def _float_rows(sources: list[LazyTensor]) -> Iterator[np.ndarray]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     size = path.stat().st_size
     if size < 8:
         raise EdgeError(f"{path} has {size} bytes, too few for a safetensors file; download it again")
-    file = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    with path.open("rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    release = partial(mapping.madvise, mmap.MADV_DONTNEED)
+    file = np.frombuffer(mapping, np.uint8)
     header_bytes = int(file[:8].view("<u8")[0])
     if header_bytes > size - 8:
         raise EdgeError(
@@ -46,7 +51,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         intervals.append((begin, end, name))
         shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
         array = data[begin:end].view(dtype).reshape(shape)
-        tensors[name] = LazyTensor(name, shape, dtype, entry["dtype"], array.__getitem__)
+        tensors[name] = LazyTensor(name, shape, dtype, entry["dtype"], array.__getitem__, release)
     for (_, end, name), (begin, _, later) in pairwise(sorted(intervals)):
         if begin < end:
             raise EdgeError(f"{path}: the bytes of tensors {name} and {later} overlap; download it again")

@@ -1,0 +1,152 @@
+"""Random checkpoints in the shapes of MiniCPM4, streamed to disk: Hugging Face safetensors and GGUF Q4_0.
+
+Speed does not depend on what the weights say, so random ones measure the real thing without a download.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from build_engine.checkpoint import expected_shapes
+from edge.config import ModelConfig
+
+MINICPM4_05B = ModelConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=73448,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=32768,
+    tie_word_embeddings=True,
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=256.0,
+    bos_token_id=1,
+    eos_token_ids=(2, 73440),
+)
+MINICPM4_8B = replace(
+    MINICPM4_05B,
+    hidden_size=4096,
+    intermediate_size=16384,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+)
+_ROWS = 4096  # rows drawn at a time
+
+
+def _random_rows(name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The tensor's float32 values in row chunks; the same name gives the same values. Norms are ones."""
+    if len(shape) == 1:
+        yield np.ones(shape, np.float32)
+        return
+    generator = np.random.default_rng(list(name.encode()))
+    for start in range(0, shape[0], _ROWS):
+        rows = min(_ROWS, shape[0] - start)
+        yield generator.standard_normal((rows, *shape[1:]), dtype=np.float32) * np.float32(0.02)
+
+
+def write_safetensors(folder: Path, config: ModelConfig) -> Path:
+    """A Hugging Face folder of bfloat16 weights without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header, offset = {}, 0
+    for name, shape in expected_shapes(config):
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in expected_shapes(config):
+            for rows in _random_rows(name, shape):
+                file.write(rows.astype(ml_dtypes.bfloat16).tobytes())
+    (folder / "config.json").write_text(json.dumps(_hf_config(config)))
+    return folder
+
+
+def _hf_config(c: ModelConfig) -> dict[str, object]:
+    same = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
+        "rms_norm_eps rope_theta max_position_embeddings tie_word_embeddings scale_emb scale_depth dim_model_base "
+        "bos_token_id"
+    ).split()
+    return {
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": "minicpm",
+        "hidden_act": "silu",
+        "eos_token_id": list(c.eos_token_ids),
+        **{name: getattr(c, name) for name in same},
+    }
+
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _gguf_name(name: str) -> str:
+    if not name.startswith("model.layers."):
+        plain = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+        return plain[name.removesuffix(".weight")] + ".weight"
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def write_gguf_q4_0(path: Path, config: ModelConfig) -> Path:
+    """The same weights as a llama.cpp file, every matrix in Q4_0 (4.5 bits a weight), without a vocabulary.
+
+    The rows of q and k stay in Hugging Face's order: which permutation of random rows it is changes no speed.
+    """
+    c = config
+    writer = gguf.GGUFWriter(str(path), "minicpm")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_embedding_scale(c.scale_emb)
+    writer.add_residual_scale(c.residual_scale)
+    writer.add_logit_scale(c.logit_divisor)
+    writer.add_tokenizer_model("no_vocab")
+    kind = gguf.GGMLQuantizationType.Q4_0
+    for name, shape in expected_shapes(c):
+        values = np.concatenate(list(_random_rows(name, shape)))
+        if len(shape) == 1:
+            writer.add_tensor(_gguf_name(name), values)
+        else:
+            writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
