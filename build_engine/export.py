@@ -17,8 +17,9 @@ import onnx
 from onnx import helper
 
 from build_engine.checkpoint import Checkpoint
+from build_engine.formats import Target, WeightFormat, make_target
 from build_engine.graph import build_graph
-from build_engine.lowering import Progress, Target, WeightFormat, lower, make_target
+from build_engine.lowering import Progress, lower
 from build_engine.weights_file import WeightsFile
 from edge.bundle import (
     CHAT_TEMPLATE,
@@ -51,6 +52,12 @@ def export_bundle(
 ) -> Path:
     """Write the bundle `out`. Whatever stops it leaves `out` as it was, and nothing that passes for a bundle."""
     target = make_target(options.target, options.weights)
+    head_dim = checkpoint.config.head_dim
+    if target.name == "onnxruntime" and (head_dim % 16 or head_dim > 1024):
+        raise EdgeError(
+            f"{checkpoint.path}: head_dim is {head_dim}, but the CPU attention kernel needs a multiple of 16 up to "
+            "1024; choose another model"
+        )
     if out.exists() and not options.overwrite:
         raise UsageError(f"{out} already exists; choose another --out or add --overwrite")
     if out.exists() and not is_bundle(out):

@@ -11,64 +11,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
-from build_engine.graph import GraphTypes
-from build_engine.quantize import GROUP_SIZES, QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
+from build_engine.formats import Target, WeightFormat
+from build_engine.quantize import QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
 from build_engine.weights_file import WeightsFile
-from edge.errors import EdgeError, UsageError
+from edge.errors import EdgeError
 
 CHUNK_BYTES = 64 << 20  # float32 bytes of weights in flight
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How projections are stored. exact: the checkpoint's own values. w4a16: int4 codes in groups along the input.
-
-    Asymmetric groups keep their minimum and follow 4-bit GGUF values exactly; symmetric ones are smaller, faster,
-    and all that TensorRT knows. `head`: exact, int8 or int4; it decides more than its share of the quality.
-    """
-
-    kind: str = "w4a16"
-    group_size: int = 32
-    symmetric: bool = False
-    head: str = "int8"
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("exact", "w4a16"):
-            raise UsageError(f"unknown weight format {self.kind!r}; choose exact or w4a16")
-        if self.group_size not in GROUP_SIZES:
-            raise UsageError(f"group size {self.group_size} is not offered; choose one of {GROUP_SIZES}")
-        if self.head not in ("exact", "int8", "int4"):
-            raise UsageError(f"unknown head format {self.head!r}; choose exact, int8 or int4")
-
-    def describe(self) -> str:
-        """A few words for tables: 'exact', 'w4a16 g32 asymmetric, int8 head'."""
-        if self.kind == "exact":
-            return "exact"
-        return f"w4a16 g{self.group_size} {'symmetric' if self.symmetric else 'asymmetric'}, {self.head} head"
-
-
-@dataclass(frozen=True)
-class Target:
-    """An executor to lower for."""
-
-    name: str
-    types: GraphTypes
-    tensorrt: bool
-
-
-def make_target(name: str, weights: WeightFormat) -> Target:
-    """`onnxruntime`: float32 activations (float32 KV if the weights are exact). `rtx`: float16 throughout."""
-    if name == "onnxruntime":
-        kv = TensorProto.FLOAT if weights.kind == "exact" else TensorProto.FLOAT16
-        return Target(name, GraphTypes(TensorProto.FLOAT, kv), tensorrt=False)
-    if name == "rtx":
-        if weights.kind == "w4a16" and not weights.symmetric:
-            raise UsageError("TensorRT dequantises int4 without zero points; export for rtx with --symmetric")
-        if weights.kind == "w4a16" and weights.head == "int8":
-            raise UsageError("TensorRT has no block-wise int8; export for rtx with --head exact or --head int4")
-        return Target(name, GraphTypes(TensorProto.FLOAT16, TensorProto.FLOAT16), tensorrt=True)
-    raise UsageError(f"unknown target {name!r}; choose onnxruntime or rtx")
 
 
 def lower(

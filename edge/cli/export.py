@@ -20,8 +20,17 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     weights: Annotated[str, typer.Option(help="exact (the checkpoint's values) or w4a16 (int4).")] = "w4a16",
     target: Annotated[str, typer.Option(help="onnxruntime (CPU) or rtx (TensorRT-RTX).")] = "onnxruntime",
-    group_size: Annotated[int, typer.Option(help="Weights that share an int4 scale: 32, 64 or 128.")] = 32,
-    symmetric: Annotated[bool, typer.Option(help="int4 without zero points; TensorRT needs it.")] = False,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share an int4 scale: 32, 64 or 128. Default: by the checkpoint.")
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="int4 around zero (faster, all TensorRT knows) or from a minimum (follows 4-bit GGUF exactly). "
+            "Default: by the checkpoint.",
+        ),
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="Format of the output head: exact, int8 or int4. Default: int8, exact for rtx.")
     ] = None,
@@ -38,12 +47,12 @@ def export(
     """
     from build_engine.checkpoint import open_checkpoint
     from build_engine.export import ExportOptions, export_bundle
-    from build_engine.lowering import WeightFormat
+    from build_engine.formats import choose_format
 
-    head = head or ("exact" if target == "rtx" else "int8")
-    options = ExportOptions(target, WeightFormat(weights, group_size, symmetric, head), overwrite)
+    source = open_checkpoint(checkpoint)
+    chosen = choose_format(source, target, weights, group_size, symmetric, head)
     with progress_bar("exporting", quiet=json) as progress:
-        bundle = export_bundle(open_checkpoint(checkpoint), out, options, progress)
+        bundle = export_bundle(source, out, ExportOptions(target, chosen, overwrite), progress)
     report_bundle(bundle, as_json=json)
 
 

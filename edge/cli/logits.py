@@ -44,7 +44,7 @@ def logits(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"{out.absolute().parent} does not exist; create it or choose another --out")
     with _as_bundle(model, exact) as bundle:
-        engine = open_engine(bundle, opt.engine_options(context or len(ids) + 1, memory, threads, chunk))
+        engine = open_engine(bundle, opt.engine_options(context or len(ids), memory, threads, chunk))
         values = engine.logits(ids, last)
     _save(out, values)
     note(f"{out}: logits {values.shape[0]} x {values.shape[1]}")
@@ -61,11 +61,12 @@ def _as_bundle(model: Path, exact: bool) -> Iterator[Path]:
         return
     from build_engine.checkpoint import open_checkpoint
     from build_engine.export import ExportOptions, export_bundle
-    from build_engine.lowering import WeightFormat
+    from build_engine.formats import choose_format
 
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory(prefix="edge-logits-") as folder, progress_bar("exporting") as progress:
-        options = ExportOptions(weights=WeightFormat("exact" if exact else "w4a16"))
+        weights = choose_format(checkpoint, "onnxruntime", "exact" if exact else "w4a16")
+        options = ExportOptions(weights=weights)
         yield export_bundle(checkpoint, Path(folder) / "bundle", options, progress)
 
 
