@@ -20,7 +20,7 @@ class WeightFormat:
     """How projections are stored. exact: the checkpoint's own values. w4a16: int4 codes in groups along the input.
 
     Asymmetric groups keep their minimum and follow 4-bit GGUF values exactly; symmetric ones are smaller, faster,
-    and all that TensorRT knows. `head`: exact, int8 or int4; it decides more than its share of the quality.
+    and all that TensorRT knows. `head`: exact, int8 or int4 (symmetric); it decides more than its share of the quality.
     """
 
     kind: str = "w4a16"

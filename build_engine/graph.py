@@ -28,6 +28,12 @@ class GraphTypes:
     kv: int = TensorProto.FLOAT16
 
 
+def edge_node(op_type: str, name: str, inputs: list[str], outputs: list[str], **attributes: Any) -> onnx.NodeProto:
+    """An operator of domain `edge`; TensorRT looks for a plugin because of the two plugin attributes."""
+    attributes.update(domain=plugins.DOMAIN, plugin_namespace="", plugin_version="1")
+    return helper.make_node(op_type, inputs, outputs, name=name, **attributes)
+
+
 @dataclass
 class _Builder:
     """Collects nodes; a value's name is the name of the node that made it."""
@@ -41,17 +47,9 @@ class _Builder:
         return names[0] if outputs == 1 else names
 
     def edge(self, op_type: str, name: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """An operator of domain `edge`; TensorRT looks for a plugin because of the two plugin attributes."""
-        return self.op(
-            op_type,
-            name,
-            *inputs,
-            outputs=outputs,
-            domain=plugins.DOMAIN,
-            plugin_namespace="",
-            plugin_version="1",
-            **attributes,
-        )
+        names = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(edge_node(op_type, name, list(inputs), names, **attributes))
+        return names[0] if outputs == 1 else names
 
     def linear(self, name: str, x: str, weights: list[str], role: str = "body") -> str:
         """x [T, in] times the stacked rows of `weights` transposed -> [T, out]. The head may be stored otherwise."""
@@ -205,14 +203,11 @@ def _decoder_layer(
     pool_in, pool_out = f"kv_pool.{index}", f"kv_pool_out.{index}"
     attended = f"{name}.attention"
     b.nodes.append(
-        helper.make_node(
+        edge_node(
             "PagedAttention",
+            attended,
             [qkv, cos, sin, pool_in, "positions", "query_start", "page_table"],
             [attended, pool_out],
-            name=attended,
-            domain=plugins.DOMAIN,
-            plugin_namespace="",
-            plugin_version="1",
             num_heads=c.num_attention_heads,
             num_kv_heads=c.num_key_value_heads,
             head_dim=c.head_dim,

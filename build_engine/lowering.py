@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
 from build_engine.formats import Target, WeightFormat
+from build_engine.graph import edge_node
 from build_engine.quantize import QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
 from build_engine.weights_file import WeightsFile
 from edge.errors import EdgeError
@@ -93,8 +94,8 @@ class _Lowering:
             return self._exact(node, sources)
         if self.target.tensorrt:
             return self._dequantize_linear(node, sources)
-        if is_head and self.weights.head == "int8":
-            return self._matmul_nbits(node, sources, bits=8)
+        if is_head:
+            return self._matmul_nbits(node, sources, bits=8 if self.weights.head == "int8" else 4)
         if self.weights.symmetric:
             return self._matmul_nbits(node, sources, bits=4)
         return self._matmul_affine(node, sources)
@@ -126,13 +127,13 @@ class _Lowering:
         return [self._store_matmul_nbits(node.name, node.input[0], node.output[0], sources, quantized, bits)]
 
     def _matmul_affine(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """Groups with a minimum of their own: x W^T = MatMulNBits(x, codes - 8) + (sums of x by group) offset^T.
+        """Groups with a minimum of their own: x W^T = MatMulNBits(x, codes - 8) + (sums of x by group) offsets.
 
         offset = minimum + 8 scale is what the operator's fixed zero point leaves over; a whole-number zero point
         would cost up to half a step of every weight.
         """
         x, y, name, group = node.input[0], node.output[0], node.name, self.weights.group_size
-        n, k = _stacked_shape(sources)
+        _, k = _stacked_shape(sources)
         if k % group:
             raise EdgeError(
                 f"{name}: {k} input features are not a multiple of group size {group}, which asymmetric int4 needs; "
@@ -143,21 +144,14 @@ class _Lowering:
         def quantized() -> Iterator[QuantizedRows]:
             for rows in _float_rows(sources):
                 part = quantize_affine(rows, group)
-                offsets.append(part.minima + 8 * part.scales)
+                offsets.append(_convert(f"{name}.offsets", part.minima + 8 * part.scales, np.dtype(np.float16)))
                 yield part
 
         product = self._store_matmul_nbits(name, x, f"{name}.product", sources, quantized(), bits=4)
-        offset = self._store(f"{name}.offsets", TensorProto.FLOAT, [n, k // group], offsets)
-        if not any(t.name == "group_shape" for t in self.initializers):
-            self.initializers.append(numpy_helper.from_array(np.array([0, -1, group], np.int64), "group_shape"))
-            self.initializers.append(numpy_helper.from_array(np.array([2], np.int64), "group_axis"))
-        grouped, sums = f"{name}.grouped", f"{name}.sums"
-        return [
-            product,
-            helper.make_node("Reshape", [x, "group_shape"], [grouped], grouped),
-            helper.make_node("ReduceSum", [grouped, "group_axis"], [sums], sums, keepdims=0),
-            helper.make_node("Gemm", [sums, offset, product.output[0]], [y], name, transB=1),
-        ]
+        by_group = np.concatenate(offsets).T
+        offset = self._store(f"{name}.offsets", TensorProto.FLOAT16, list(by_group.shape), [by_group])
+        inputs = [x, product.output[0], offset]
+        return [product, edge_node("AddGroupOffsets", name, inputs, [y])]
 
     def _store_matmul_nbits(
         self, name: str, x: str, y: str, sources: list[LazyTensor], quantized: Iterable[QuantizedRows], bits: int
@@ -249,7 +243,8 @@ def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values
     if values.dtype == ml_dtypes.bfloat16:
         values = values.astype(np.float32)
-    converted = values.astype(dtype)
+    with np.errstate(over="ignore"):  # found and named below
+        converted = values.astype(dtype)
     if dtype == np.float16 and not np.isfinite(converted).all():
         raise EdgeError(
             f"{name}: the value {float(np.abs(values).max()):g} exceeds float16's 65504; export for onnxruntime, "

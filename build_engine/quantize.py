@@ -53,7 +53,8 @@ def quantize_affine(weight: np.ndarray, group_size: int) -> QuantizedRows:
     minima = groups.min(-1)
     scales = (groups.max(-1) - minima) / np.float32(15)
     scales[scales == 0] = 1
-    codes = np.rint((groups - minima[..., None]) / scales[..., None])
+    # A subnormal scale rounds by whole steps: without the limit a code would spill into its neighbour's nibble.
+    codes = np.minimum(np.rint((groups - minima[..., None]) / scales[..., None]), 15)
     return QuantizedRows(codes.astype(np.uint8), scales, minima)
 
 

@@ -94,8 +94,8 @@ class Engine:
         """Tokens that end a reply."""
         return self.bundle.config.eos_token_ids
 
-    def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raise if the prompt is empty, has ids the model does not know, or leaves no room for a reply."""
+    def check_prompt(self, ids: Sequence[int], reply: int = 1) -> None:
+        """Raise if the prompt is empty, has ids the model does not know, or leaves no room for `reply` tokens."""
         if not len(ids):
             raise UsageError("the prompt is empty; give at least one token")
         low, high = min(ids), max(ids)
@@ -104,7 +104,7 @@ class Engine:
             raise UsageError(
                 f"token id {bad} is outside the vocabulary of {self.vocab_size}; use ids 0..{self.vocab_size - 1}"
             )
-        if len(ids) >= self.max_context:
+        if len(ids) + reply > self.max_context:
             raise EdgeError(
                 f"the prompt has {len(ids)} tokens and the context is limited to {self.max_context}; shorten it, "
                 "or raise --context or --memory"
@@ -140,18 +140,20 @@ class Engine:
 
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray:
         """Logits [last, vocab] after each of the last `last` tokens of one sequence, teacher-forced."""
-        self.check_prompt(ids)
+        return np.concatenate(list(self.stream_logits(ids, last)))
+
+    def stream_logits(self, ids: Sequence[int], last: int) -> Generator[np.ndarray, None, None]:
+        """What `logits` returns, step by step: at most `chunk` rows at a time."""
+        self.check_prompt(ids, reply=0)
         sequence = ScheduledSequence(self.cache.open(), list(ids), prompt_length=len(ids), logits_from=len(ids) - last)
-        rows = []
         try:
             while step := self._scheduler.next_step([sequence]):
                 result = self._executor.step(step.batch)
                 sequence.computed += step.counts[0]
                 if step.logits_counts[0]:
-                    rows.append(result.logits)
+                    yield result.logits
         finally:
             self.cache.close(sequence.cache_id)
-        return np.concatenate(rows)
 
     def describe(self) -> dict[str, str]:
         """Facts for reports: model, weights, executor, threads, KV type, bundle key."""

@@ -69,13 +69,12 @@ def _activation_bytes(bundle: Bundle, chunk: int) -> int:
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     """Fit the context into the budget: --memory, or else 90 % of the memory the system can give now.
 
-    A context that was asked for and does not fit is refused; one that was not asked for shrinks to what fits.
+    A context that was asked for and does not fit is refused, though it may exceed what the model was trained for;
+    one that was not asked for is the model's limit, or as much of it as fits.
     """
     available = psutil.virtual_memory().available
     budget = options.memory if options.memory is not None else int(available * 0.9)
     limit = bundle.manifest.limits["max_context"]
-    if options.context is not None and options.context > limit:
-        raise EdgeError(f"--context {options.context} exceeds the model's limit of {limit} tokens; ask for less")
     weights, activations = _weights_bytes(bundle), _activation_bytes(bundle, options.chunk)
     fixed = weights + activations + PROCESS_BYTES
     page = kv_page_bytes(bundle)

@@ -6,7 +6,10 @@ operators (`function.py`, what an executor without a kernel runs) and kernels fo
 
 from __future__ import annotations
 
-import onnx
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
 
 DOMAIN = "edge"
 DOMAIN_VERSION = 1
@@ -15,10 +18,13 @@ PAGE_TOKENS = 64
 
 
 def functions() -> list[onnx.FunctionProto]:
-    """The FunctionProto of every operator, for the `functions` field of a model."""
+    """The FunctionProto of every operator, for the `functions` field of a model (host only: a device needs no onnx)."""
+    import onnx.parser
+
+    from plugins.group_offsets.function import ADD_GROUP_OFFSETS
     from plugins.paged_attention.function import PAGED_ATTENTION
     from plugins.rms_norm.function import ADD_RMS_NORM, RMS_NORM
     from plugins.swiglu.function import SWIGLU
 
-    texts = (RMS_NORM, ADD_RMS_NORM, SWIGLU, PAGED_ATTENTION)
+    texts = (RMS_NORM, ADD_RMS_NORM, SWIGLU, ADD_GROUP_OFFSETS, PAGED_ATTENTION)
     return [onnx.parser.parse_function(text) for text in texts]

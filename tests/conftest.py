@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from build_engine.checkpoint import Checkpoint, open_checkpoint
-from tests.synthetic import smollm2_gguf_path
+from build_engine.export import ExportOptions, export_bundle
+from build_engine.formats import WeightFormat
+from tests.synthetic import smollm2_gguf_path, tiny_config, write_hf_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,13 @@ def smollm2_gguf() -> Path:
 def smollm2(smollm2_gguf: Path) -> Checkpoint:
     """The real model, opened; shared because its vocabulary takes seconds to parse."""
     return open_checkpoint(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random model with a tokenizer, exported exactly. Read-only: copy it to damage it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    # A tied head makes a random model repeat its input; an untied one gives replies that differ.
+    write_hf_checkpoint(folder / "checkpoint", tiny_config(tie_word_embeddings=False), tokenizer=True)
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    return export_bundle(checkpoint, folder / "bundle", ExportOptions(weights=WeightFormat("exact")))

@@ -14,6 +14,8 @@ from edge.cli.generate import chat, run
 from edge.cli.logits import logits
 from edge.errors import EdgeError
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     name="edge",
     help="On-device runtime for MiniCPM4: export a checkpoint, build engines, run, chat, measure.\n\n"
@@ -36,6 +38,8 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         result = app(arguments, standalone_mode=False, prog_name="edge")
+        if result == INTERRUPTED:
+            raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted", style="bold red")
@@ -45,17 +49,20 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except typer.TyperException as error:  # typer's own words for a wrong option or argument
-        error.show()
+        _complain("error:", getattr(error, "format_message", error.__str__)())
         sys.exit(2)
     except EdgeError as error:
         if debug:
             raise
-        err.print("error:", style="bold red", end=" ")
-        err.print(str(error), markup=False)
+        _complain("error:", str(error))
         sys.exit(error.exit_code)
     except Exception as error:
         if debug:
             raise
-        err.print("internal error:", style="bold red", end=" ")
-        err.print(f"{type(error).__name__}: {error} (run again with --debug for the place)", markup=False)
+        _complain("internal error:", f"{type(error).__name__}: {error} (run again with --debug for the place)")
         sys.exit(1)
+
+
+def _complain(kind: str, sentence: str) -> None:
+    err.print(kind, style="bold red", end=" ")
+    err.print(sentence, markup=False)

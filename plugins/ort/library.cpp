@@ -1,6 +1,7 @@
 // The operators of domain `edge` as ONNX Runtime custom operators. ONNX Runtime prefers them to the FunctionProtos.
 #include <cstring>
 
+#include "plugins/group_offsets/cpu.h"
 #include "plugins/ort/ort_abi.h"
 #include "plugins/paged_attention/cpu.h"
 #include "plugins/rms_norm/cpu.h"
@@ -55,6 +56,26 @@ struct SwiGlu : AllFloat {
     const int64_t width = gate_up.columns() / 2;
     auto* y = static_cast<float*>(ort::output(context, 0, {gate_up.rows(), width}));
     edge::swiglu(gate_up.as<float>(), y, gate_up.rows(), width, ort::parallel(context));
+  }
+};
+
+struct AddGroupOffsets {
+  static constexpr const char* name = "AddGroupOffsets";
+  static constexpr size_t inputs = 3, outputs = 1;
+
+  static ort::ElementType input_type(size_t i) { return i == 2 ? ort::kFloat16 : ort::kFloat; }
+  static ort::ElementType output_type(size_t) { return ort::kFloat; }
+
+  explicit AddGroupOffsets(const void*) {}
+
+  void compute(void* context) {
+    const auto x = ort::input(context, 0), product = ort::input(context, 1), offsets = ort::input(context, 2);
+    edge::GroupOffsets a{};
+    a.x = x.as<float>(), a.product = product.as<float>(), a.offsets = offsets.as<edge::half>();
+    a.rows = product.rows(), a.columns = product.columns(), a.groups = offsets.rows();
+    a.group_size = x.columns() / a.groups;
+    a.y = static_cast<float*>(ort::output(context, 0, product.shape));
+    edge::add_group_offsets(a, ort::parallel(context));
   }
 };
 
@@ -115,7 +136,8 @@ extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* 
   ort::api = base->GetApi(ort::kApiVersion);
   if (ort::api == nullptr) return nullptr;  // older than 1.17: edge.ops.library checks the version and says so
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
-                                ort::make_custom_op<SwiGlu>(), ort::make_custom_op<PagedAttention>()};
+                                ort::make_custom_op<SwiGlu>(), ort::make_custom_op<AddGroupOffsets>(),
+                                ort::make_custom_op<PagedAttention>()};
   void* domain = nullptr;
   if (auto* status = ort::call(ort::kCreateCustomOpDomain, "edge", &domain)) return status;
   for (auto& op : ops)

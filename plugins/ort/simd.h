@@ -56,6 +56,13 @@ inline void store(half* p, vf v) {
 #endif
 }
 
+// The first `count` < kWidth values, zeros behind them.
+inline vf load_first(const half* p, int64_t count) {
+  half padded[kWidth] = {};
+  memcpy(padded, p, count * sizeof(half));
+  return load(padded);
+}
+
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 inline vf min(vf a, vf b) { return a < b ? a : b; }

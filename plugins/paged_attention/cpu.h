@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "plugins/ort/multiply.h"
 #include "plugins/ort/parallel.h"
 #include "plugins/ort/simd.h"
 
@@ -72,44 +73,6 @@ void append(const AttentionStep& s, T* pool, Parallel parallel) {
       }
     }
   });
-}
-
-// C[M x N] += A[M x K] B[K x N], row strides lda, ldb, ldc, for one strip of M <= MR rows and NV vectors.
-template <int MR, int NV>
-inline void multiply_strip(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                           int64_t k_count) {
-  vf acc[MR][NV];
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = load(c + m * ldc + n * kWidth);
-  for (int64_t k = 0; k < k_count; ++k) {
-    vf bv[NV];
-    for (int n = 0; n < NV; ++n) bv[n] = load(b + k * ldb + n * kWidth);
-    for (int m = 0; m < MR; ++m) {
-      const vf av = splat(a[m * lda + k]);
-      for (int n = 0; n < NV; ++n) acc[m][n] += av * bv[n];
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * kWidth, acc[m][n]);
-}
-
-template <int NV>
-inline void multiply_columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                             int64_t rows, int64_t k_count) {
-  int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) multiply_strip<6, NV>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, k_count);
-  for (; m + 2 <= rows; m += 2) multiply_strip<2, NV>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, k_count);
-  for (; m < rows; ++m) multiply_strip<1, NV>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, k_count);
-}
-
-// C[rows x columns] += A B; columns is a multiple of 16.
-inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                     int64_t columns, int64_t k_count) {
-  constexpr int kVectors = kWidth == 8 ? 2 : 4;  // 6 x kVectors accumulators fill the register file
-  int64_t n = 0;
-  for (; n + kVectors * kWidth <= columns; n += kVectors * kWidth)
-    multiply_columns<kVectors>(a, lda, b + n, ldb, c + n, ldc, rows, k_count);
-  for (; n < columns; n += kWidth) multiply_columns<1>(a, lda, b + n, ldb, c + n, ldc, rows, k_count);
 }
 
 // keys [64, dim] in the pool's type -> float32 [dim, 64].
@@ -180,7 +143,9 @@ void attend_tile(const AttentionStep& s, const T* pool, int64_t b, int64_t h, in
   for (int64_t block = 0; block <= highest / kPage; ++block) {
     const int64_t page = s.page_table[b * s.table_width + block];
     transpose_keys(page_slice(pool, s, page, 0, h), buffer.keys.data(), dim);
-    convert(buffer.values.data(), page_slice(pool, s, page, 1, h), kPage * dim);
+    // Slots past the tile's last token may never have been written: 0 * NaN would spoil the sum.
+    const int64_t written = std::min<int64_t>(kPage, highest + 1 - block * kPage);
+    convert(buffer.values.data(), page_slice(pool, s, page, 1, h), written * dim);
     std::fill_n(buffer.scores.begin(), rows * kPage, 0.0f);
     multiply(buffer.q.data(), dim, buffer.keys.data(), kPage, buffer.scores.data(), kPage, rows, kPage, dim);
     for (int64_t r = 0; r < rows; ++r) {
@@ -190,7 +155,7 @@ void attend_tile(const AttentionStep& s, const T* pool, int64_t b, int64_t h, in
         std::fill(scores + std::max<int64_t>(visible, 0), scores + kPage, -std::numeric_limits<float>::infinity());
       softmax_row(scores, &buffer.out[r * dim], dim, buffer.row_max[r], buffer.row_sum[r]);
     }
-    multiply(buffer.scores.data(), kPage, buffer.values.data(), dim, buffer.out.data(), dim, rows, dim, kPage);
+    multiply(buffer.scores.data(), kPage, buffer.values.data(), dim, buffer.out.data(), dim, rows, dim, written);
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* out = s.out + (first + r / group) * s.heads * dim + (h * group + r % group) * dim;

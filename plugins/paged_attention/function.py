@@ -1,7 +1,8 @@
 """`edge.PagedAttention` in standard ONNX operators: exact, and as large as the score matrix it builds.
 
 It is the reference an executor without a kernel runs. Every key of the batch is scored against every row and
-masked, so its memory is O(Hq * T * B * P * 64); the kernels never build that matrix.
+masked, so its memory is O(Hq * T * B * P * 64); the kernels never build that matrix. Queries are scaled before
+the product, which float16 could not hold otherwise, and slots that no row sees may hold anything, even NaN.
 """
 
 PAGED_ATTENTION = """
@@ -39,7 +40,9 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     q_rot_first = Sub(q_fc, q_ss)
     q_rot_second = Add(q_sc, q_fs)
     q_rot_wide = Concat<axis = -1>(q_rot_first, q_rot_second)
-    q_rot = CastLike(q_rot_wide, qkv)
+    scale_wide = Constant<value_float: float = @scale>()
+    q_scaled_wide = Mul(q_rot_wide, scale_wide)
+    q_scaled = CastLike(q_scaled_wide, qkv)
     k_wide = Cast<to = 1>(k)
     k_first, k_second = Split<axis = -1, num_outputs = 2>(k_wide)
     k_fc = Mul(k_first, cos_heads)
@@ -100,7 +103,7 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     k_flat_stored = Reshape(k_by_head, k_flat_shape)
     v_flat_stored = Reshape(v_by_head, v_flat_shape)
     k_flat = CastLike(k_flat_stored, qkv)
-    v_flat = CastLike(v_flat_stored, qkv)
+    v_flat_any = CastLike(v_flat_stored, qkv)
 
     table_shape = Shape(table)
     pages_per_sequence = Gather<axis = 0>(table_shape, one)
@@ -114,16 +117,20 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     same_sequence = Equal(key_sequence, sequence_column)
     not_future = LessOrEqual(key_position, position_column)
     visible = And(same_sequence, not_future)
+    visible_number = Cast<to = 1>(visible)
+    written_number = ReduceMax<keepdims = 0>(visible_number, axis0)
+    written = Cast<to = 9>(written_number)
+    written_column = Unsqueeze(written, axis1)
+    nothing_wide = Constant<value_float = 0.0>()
+    nothing = CastLike(nothing_wide, qkv)
+    v_flat = Where(written_column, v_flat_any, nothing)
 
     q_grouped_shape = Concat<axis = 0>(axis0, hkv, group, d)
-    q_grouped = Reshape(q_rot, q_grouped_shape)
+    q_grouped = Reshape(q_scaled, q_grouped_shape)
     q_by_head = Transpose<perm = [1, 2, 0, 3]>(q_grouped)
-    scale_wide = Constant<value_float: float = @scale>()
-    scale_like = CastLike(scale_wide, qkv)
-    lowest_wide = Constant<value_float = -30000.0>()
+    lowest_wide = Constant<value_float = -3.0e38>()
     lowest = CastLike(lowest_wide, qkv)
-    raw = MatMul(q_by_head, k_flat)
-    scores = Mul(raw, scale_like)
+    scores = MatMul(q_by_head, k_flat)
     masked = Where(visible, scores, lowest)
     weights = Softmax<axis = -1>(masked)
     mixed = MatMul(weights, v_flat)

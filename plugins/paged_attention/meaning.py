@@ -32,7 +32,7 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.
     """q [T, Hq, d] at absolute `positions`; k, v [n, Hkv, d]; head h reads KV head h // G. -> [T, Hq, d]."""
     group = q.shape[1] // k.shape[1]
     keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = np.einsum("thd,nhd->htn", q, keys).astype(np.float32) * np.float32(scale)
+    scores = np.einsum("thd,nhd->htn", q.astype(np.float32), keys.astype(np.float32)) * np.float32(scale)
     hidden_from = np.arange(k.shape[0])[None, :] > positions[:, None]
     scores[:, hidden_from] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -1,0 +1,1 @@
+"""`edge.AddGroupOffsets`: what asymmetric int4 groups add to a product that was computed without zero points."""

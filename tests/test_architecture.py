@@ -1,0 +1,64 @@
+"""The cut of the code that the design promises, checked: who may import whom, and how long things may get."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("build_engine", "plugins", "edge")
+SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+KERNELS = sorted(p for p in (ROOT / "plugins").rglob("*") if p.suffix in (".h", ".cpp", ".cu"))
+# What the host may know of the device's package: the vocabulary both share, and the format it writes.
+SHARED = {"edge.bundle", "edge.config", "edge.errors", "edge.kv_cache"}
+
+
+def imports(path: Path, *, everywhere: bool) -> set[str]:
+    """Modules imported at the top level, or anywhere in the file."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_flow_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    everywhere = imports(path, everywhere=True)
+    if package == "plugins":
+        assert not {name for name in everywhere if name.split(".")[0] in ("edge", "build_engine")}
+    if package == "build_engine":
+        assert {name for name in everywhere if name.split(".")[0] == "edge"} <= SHARED
+    if package == "edge":
+        host = {name for name in everywhere if name.split(".")[0] == "build_engine"}
+        at_top = {name for name in imports(path, everywhere=False) if name.split(".")[0] == "build_engine"}
+        assert not at_top
+        assert not host or path.parent.name == "cli", "only the host's commands may reach build_engine"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert (node.end_lineno or 0) - node.lineno < 70, node.name
+
+
+def test_a_run_loads_nothing_heavy() -> None:
+    """No torch, no transformers, no TensorRT, no exporter on the way to a token."""
+    code = "import sys, edge.engine, edge.cli; print(' '.join(m.split('.')[0] for m in sys.modules))"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {"torch", "transformers", "tensorrt", "tensorrt_rtx", "onnx", "gguf", "build_engine"}
