@@ -80,11 +80,7 @@ def write_safetensors(folder: Path, config: ModelConfig) -> Path:
 
 
 def _hf_config(c: ModelConfig) -> dict[str, object]:
-    same = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
-        "rms_norm_eps rope_theta max_position_embeddings tie_word_embeddings scale_emb scale_depth dim_model_base "
-        "bos_token_id"
-    ).split()
+    same = [field for field in vars(c) if field not in ("head_dim", "eos_token_ids", "long_rope", "sparse")]
     return {
         "architectures": ["MiniCPMForCausalLM"],
         "model_type": "minicpm",

@@ -24,7 +24,7 @@ import typer
 from bench.checkpoints import MINICPM4_8B, write_safetensors
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
-from build_engine.lowering import WeightFormat
+from build_engine.formats import WeightFormat
 
 GIB = 1 << 30
 

