@@ -172,6 +172,12 @@ def test_text_streams_and_ctrl_c_ends_it(tiny_bundle: Path) -> None:
     assert stderr.decode().endswith("interrupted\n")
 
 
+def test_a_context_beyond_the_training_length_is_noted(tiny_bundle: Path) -> None:
+    result = edge("run", tiny_bundle, "--prompt", "hi", "--max-tokens", 1, "--context", 9999)
+    assert result.returncode == 0
+    assert b"a context of 9999 tokens exceeds the " in result.stderr
+
+
 def test_it_works_without_a_home_or_a_writable_folder(tiny_bundle: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "HOME"}
     command = [*EDGE, "run", str(tiny_bundle), "--prompt", "hi", "--max-tokens", "3"]

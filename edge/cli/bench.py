@@ -9,7 +9,6 @@ import typer
 
 from edge.cli import options as opt
 from edge.cli.console import note, out, progress_bar
-from edge.engine import open_engine
 from edge.errors import UsageError
 
 
@@ -43,7 +42,7 @@ def bench(
 
     cases = [BenchCase(length, new_tokens) for length in _lengths(contexts)]
     longest = max(case.prompt_tokens for case in cases) + new_tokens
-    engine = open_engine(bundle, opt.engine_options(context or longest, memory, threads, chunk))
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
     for path, render in ((html, render_html), (markdown, as_markdown), (output, to_json)):

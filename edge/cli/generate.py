@@ -14,7 +14,7 @@ import typer
 
 from edge.cli import options as opt
 from edge.cli.console import err, note, out, print_json, progress_bar
-from edge.engine import Engine, Session, open_engine
+from edge.engine import Engine, Session
 from edge.errors import UsageError
 from edge.sampler import SamplingParams
 from edge.stream import TextStream
@@ -72,7 +72,7 @@ def run(
       cat notes.txt | edge run bundle --raw --max-tokens 100
     """
     text = read_prompt(prompt, file)
-    engine = open_engine(bundle, opt.engine_options(context, memory, threads, chunk))
+    engine = opt.load_engine(bundle, context, memory, threads, chunk)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,
@@ -128,7 +128,7 @@ def chat(
 
       edge chat bundle --temperature 0.7
     """
-    engine = open_engine(bundle, opt.engine_options(context, memory, threads))
+    engine = opt.load_engine(bundle, context, memory, threads)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,

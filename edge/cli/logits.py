@@ -14,7 +14,6 @@ import typer
 from edge.bundle import is_bundle, open_bundle
 from edge.cli import options as opt
 from edge.cli.console import note, progress_bar
-from edge.engine import open_engine
 from edge.errors import EdgeError, UsageError
 
 
@@ -44,7 +43,7 @@ def logits(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"{out.absolute().parent} does not exist; create it or choose another --out")
     with _as_bundle(model, exact) as bundle:
-        engine = open_engine(bundle, opt.engine_options(context or len(ids), memory, threads, chunk))
+        engine = opt.load_engine(bundle, context or len(ids), memory, threads, chunk)
         values = engine.logits(ids, last)
     _save(out, values)
     note(f"{out}: logits {values.shape[0]} x {values.shape[1]}")

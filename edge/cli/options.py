@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from edge.cli.console import note
+from edge.engine import Engine, open_engine
 from edge.errors import UsageError
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
@@ -46,16 +48,21 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-def engine_options(
-    context: int | None, memory: str | None, threads: int | None, chunk: int = EngineOptions.chunk
-) -> EngineOptions:
-    """The one options object that reaches the engine."""
-    return EngineOptions(
+def load_engine(
+    bundle: Path, context: int | None, memory: str | None, threads: int | None, chunk: int = EngineOptions.chunk
+) -> Engine:
+    """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for."""
+    options = EngineOptions(
         context=context,
         memory=None if memory is None else parse_size(memory),
         threads=threads or EngineOptions.threads,
         chunk=chunk,
     )
+    engine = open_engine(bundle, options)
+    trained = engine.bundle.manifest.limits["max_context"]
+    if engine.max_context > trained:
+        note(f"a context of {engine.max_context} tokens exceeds the {trained} the model was made for; quality may fall")
+    return engine
 
 
 def sampling_params(defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
