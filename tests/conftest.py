@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from build_engine.checkpoint import Checkpoint, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from tests.synthetic import smollm2_gguf_path, tiny_config, write_hf_checkpoint
+
+# A suite started in the background inherits an ignored Ctrl-C, and so would the commands it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
