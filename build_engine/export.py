@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,6 +34,8 @@ from edge.bundle import (
 )
 from edge.errors import EdgeError, UsageError
 
+OLD = "-old"  # ends the name of a bundle that is being replaced
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -58,14 +60,24 @@ def export_bundle(
             f"{checkpoint.path}: head_dim is {head_dim}, but the CPU attention kernel needs a multiple of 16 up to "
             "1024; choose another model"
         )
-    if out.exists() and not options.overwrite:
-        raise UsageError(f"{out} already exists; choose another --out or add --overwrite")
-    if out.exists() and not is_bundle(out):
-        raise UsageError(f"{out} exists and is not a bundle, so --overwrite will not replace it; choose another --out")
-    with _staging_folder(out) as staging, _disk_errors(out):
-        _write_files(checkpoint, staging, target, options, progress)
-        _replace(staging, out)
+    place = Path(os.path.realpath(out))  # a link to a bundle stays one
+    _check_place(out, place, options.overwrite)
+    with _disk_errors(out), _lock(place):
+        _recover(place)
+        _check_place(out, place, options.overwrite)  # again, for what was recovered or finished meanwhile
+        with _staging_folder(place) as staging:
+            _write_files(checkpoint, staging, target, options, progress)
+            _replace(staging, place)
     return out
+
+
+def _check_place(out: Path, place: Path, overwrite: bool) -> None:
+    if not place.parent.is_dir():
+        raise UsageError(f"{place.parent} is no folder to write in; create it or choose another --out")
+    if place.exists() and not overwrite:
+        raise UsageError(f"{out} already exists; choose another --out or add --overwrite")
+    if place.exists() and not is_bundle(place):
+        raise UsageError(f"{out} exists and is not a bundle, so --overwrite will not replace it; choose another --out")
 
 
 def _write_files(
@@ -95,7 +107,7 @@ def _manifest(checkpoint: Checkpoint, target: Target, options: ExportOptions, fi
     text = checkpoint.text
     settings = ("add_bos", "bos_token", "eos_token")
     return Manifest(
-        name=checkpoint.path.name,
+        name=Path(os.path.abspath(checkpoint.path)).name,  # of "." too
         model=checkpoint.config,
         weights={**asdict(options.weights), "description": options.weights.describe()},
         target=target.name,
@@ -112,30 +124,46 @@ def _manifest(checkpoint: Checkpoint, target: Target, options: ExportOptions, fi
 
 
 @contextmanager
-def _staging_folder(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out`, held under a lock and removed if it was not renamed away."""
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{parent} does not exist; create it or choose another --out")
-    prefix = f".{out.name}.partial-"
+def _lock(place: Path) -> Iterator[None]:
+    """One export a place. The kernel unlocks what a killed process held; the next one removes the file."""
+    path = place.with_name(f".{place.name}.lock")
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EdgeError(f"another export is writing {place}; wait for it or choose another --out") from None
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # its last owner removed it after we opened it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
+def _staging_folder(place: Path) -> Iterator[Path]:
+    """A fresh folder beside `place`, removed if it was not renamed away."""
+    staging = place.with_name(f"{_prefix(place)}{os.getpid()}")
+    staging.mkdir()
     try:
-        lock = (parent / f".{out.name}.lock").open("w")
-    except OSError as error:
-        raise EdgeError(f"cannot write in {parent} ({error.strerror}); choose another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EdgeError(f"another export is writing {out}; wait for it or choose another --out") from None
-        for leftover in parent.glob(f"{prefix}*"):  # of an export that was killed
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefix(place: Path) -> str:
+    return f".{place.name}.partial-"
+
+
+def _recover(place: Path) -> None:
+    """Tidy up after an export that was killed; one killed between its two renames had moved the old bundle away."""
+    for leftover in place.parent.glob(f"{glob.escape(_prefix(place))}*"):
+        if leftover.name.endswith(OLD) and not place.exists():
+            os.rename(leftover, place)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        staging.chmod(0o755)
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -143,31 +171,35 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-        free = shutil.disk_usage(out.absolute().parent).free
-        raise EdgeError(
-            f"writing {out} failed: {error.strerror} ({free / 2**20:.0f} MiB free); free space or choose another --out"
-        ) from None
+        remedy = "check the folder and its permissions, or choose another --out"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(os.path.realpath(out.absolute().parent)).free
+            remedy = f"{free >> 20} MiB are free: make room or choose another --out"
+        raise EdgeError(f"writing {out} failed ({error.strerror}); {remedy}") from error
 
 
-def _replace(staging: Path, out: Path) -> None:
-    """Put the finished folder in place; an old bundle is moved aside first, so `out` is always one or the other."""
-    _sync(staging)
-    if not out.exists():
-        os.rename(staging, out)
-        return
-    old = staging.with_name(f"{staging.name}-old")
-    os.rename(out, old)
-    os.rename(staging, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Flush every file, so that a power cut after the rename cannot leave a hole."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+def _replace(staging: Path, place: Path) -> None:
+    """Put the finished folder in place. An old bundle is moved aside first, and back if this is interrupted."""
+    for path in (*staging.iterdir(), staging):
+        _sync(path)
+    if not place.exists():
+        os.rename(staging, place)
+    else:
+        old = staging.with_name(staging.name + OLD)
         try:
-            os.fsync(descriptor)
+            os.rename(place, old)
+            os.rename(staging, place)
         finally:
-            os.close(descriptor)
+            if not place.exists():
+                os.rename(old, place)
+            shutil.rmtree(old, ignore_errors=True)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder, so that a power cut after the rename cannot leave a hole."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

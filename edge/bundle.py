@@ -70,7 +70,23 @@ class Manifest:
         manifest = Manifest(**values)
         if manifest.key != key:
             raise ValueError("its key does not match its contents")
+        manifest._check()
         return manifest
+
+    def _check(self) -> None:
+        """Raise ValueError unless it holds what a run relies on; the key shows edits, not mistakes of a writer."""
+        sound = {
+            "name": isinstance(self.name, str),
+            "weights": all(isinstance(self.weights[k], str) for k in ("kind", "description")),
+            "types": all(self.types[k] in ("float16", "float32") for k in ("activation", "kv")),
+            "limits": type(self.limits["max_context"]) is int and self.limits["max_context"] > 0,
+            "text": self.text is None or isinstance(self.text, dict),
+            "generation": isinstance(self.generation, dict),
+            "files": {GRAPH, WEIGHTS} <= self.files.keys() and all(Path(name).name == name for name in self.files),
+            "tools": isinstance(self.tools, dict),
+        }
+        if wrong := [name for name, fine in sound.items() if not fine]:
+            raise ValueError(f"unusable {wrong[0]}")
 
 
 @dataclass(frozen=True)
@@ -101,10 +117,13 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         raise UsageError(f"{path} is not a folder; give the folder that `edge export` wrote")
     if not is_bundle(path):
         raise UsageError(f"{path} has no {MANIFEST}, so it is not a bundle; make one with `edge export`")
-    text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise EdgeError(f"{path / MANIFEST} cannot be read ({error.strerror}); check its permissions") from None
     try:
         version = json.loads(text)["schema_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise EdgeError(f"{path / MANIFEST} is damaged (no readable schema_version); export the bundle again") from None
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
@@ -112,7 +131,9 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         raise EdgeError(f"{path} has bundle schema {version}, this version reads schema {SCHEMA_VERSION}; {remedy}")
     try:
         manifest = Manifest.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise EdgeError(f"{path / MANIFEST} is damaged (no {error}); export the bundle again") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise EdgeError(f"{path / MANIFEST} is damaged ({error}); export the bundle again") from None
     for name, entry in manifest.files.items():
         _check_file(path / name, entry, verify)
@@ -129,10 +150,17 @@ def hash_file(path: Path) -> str:
 
 
 def _check_file(path: Path, entry: FileEntry, verify: bool) -> None:
-    if not path.is_file():
-        raise EdgeError(f"the bundle's file {path} is missing; copy it again or export the bundle again")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise EdgeError(f"the bundle's file {path} is damaged: {size} bytes instead of {entry.bytes}; copy it again")
-    if verify and hash_file(path) != entry.sha256:
-        raise EdgeError(f"the bundle's file {path} is damaged: its sha256 differs from the manifest's; copy it again")
+    try:
+        size = path.stat().st_size
+        sound = size == entry.bytes and (not verify or hash_file(path) == entry.sha256)
+    except FileNotFoundError:
+        raise EdgeError(f"the bundle's file {path} is missing; copy it again or export the bundle again") from None
+    except OSError as error:
+        raise EdgeError(f"the bundle's file {path} cannot be read ({error.strerror}); check its permissions") from None
+    if not sound:
+        what = (
+            f"{size} bytes instead of {entry.bytes}"
+            if size != entry.bytes
+            else "its sha256 differs from the manifest's"
+        )
+        raise EdgeError(f"the bundle's file {path} is damaged: {what}; copy it again or export the bundle again")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+_NUMBERS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool}
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,20 @@ class ModelConfig:
         scale = self.max_position_embeddings / original
         return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
+    def rope_is_long(self, length: int) -> bool:
+        """Whether a sequence of this length is rotated by LongRoPE's long list, where that makes a difference."""
+        rope = self.long_rope
+        if rope is None or rope.short_factor == rope.long_factor:
+            return False
+        return length > rope.original_max_position_embeddings
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
-        """Rebuild from `to_dict` after a round trip through JSON (lists become tuples again)."""
+        """Rebuild from `to_dict` after a round trip through JSON; TypeError names a number that is none."""
         values = dict(values)
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
         if values.get("long_rope"):
@@ -93,7 +102,11 @@ class ModelConfig:
             )
         if values.get("sparse"):
             values["sparse"] = SparseConfig(**values["sparse"])
-        return ModelConfig(**values)
+        config = ModelConfig(**values)
+        for field in fields(config):
+            if field.type in _NUMBERS and not isinstance(value := getattr(config, field.name), _NUMBERS[field.type]):
+                raise TypeError(f"{field.name} is {value!r}")
+        return config
 
 
 def neutral_mup(num_hidden_layers: int, hidden_size: int) -> dict[str, float]:

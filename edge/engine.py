@@ -18,6 +18,8 @@ from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
 
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
 
 @dataclass(frozen=True)
 class TokenEvent:
@@ -38,31 +40,40 @@ class Session:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Generator[TokenEvent, None, None]:
         """Tokens after `prompt_ids` (the whole conversation so far). The shared prefix is not computed again.
 
-        `progress(done, total)` counts prompt tokens during the prefill.
+        `progress(done, total)` counts prompt tokens during the prefill. A new call ends an earlier reply.
         """
         self._engine.check_prompt(prompt_ids)
         sequence = self._sequence
-        sequence.computed = _common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
+        sequence.computed = self._reusable(prompt_ids)
         self._engine.cache.truncate(sequence.cache_id, sequence.computed)
-        sequence.tokens = list(prompt_ids)
+        sequence.tokens = tokens = list(prompt_ids)
         sequence.prompt_length = len(prompt_ids)
         sampler = Sampler(params, prompt_ids)
         limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
         end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
         for index in range(limit):
-            logits = self._engine.advance(sequence, progress)
+            if sequence.tokens is not tokens:
+                raise RuntimeError("this reply was ended by a later one of the same session")
+            logits = self._engine.advance(sequence, progress if index == 0 else None)
             token = sampler.sample(logits)
-            sequence.tokens.append(token)
+            tokens.append(token)
             reason = "length" if index + 1 == limit else None
             if token in end_tokens:
                 reason = "stop"
             yield TokenEvent(token, reason)
             if reason is not None:
                 return
+
+    def _reusable(self, prompt_ids: Sequence[int]) -> int:
+        """Cached tokens that a run without a cache would have computed alike; the last one must run for its logits."""
+        sequence, config = self._sequence, self._engine.bundle.config
+        if config.rope_is_long(sequence.prompt_length) != config.rope_is_long(len(prompt_ids)):
+            return 0  # the keys are rotated by the other list
+        return _common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
 
     def close(self) -> None:
         """Give the pages back."""
@@ -96,14 +107,7 @@ class Engine:
 
     def check_prompt(self, ids: Sequence[int], reply: int = 1) -> None:
         """Raise if the prompt is empty, has ids the model does not know, or leaves no room for `reply` tokens."""
-        if not len(ids):
-            raise UsageError("the prompt is empty; give at least one token")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.vocab_size:
-            bad = low if low < 0 else high
-            raise UsageError(
-                f"token id {bad} is outside the vocabulary of {self.vocab_size}; use ids 0..{self.vocab_size - 1}"
-            )
+        check_ids(ids, self.vocab_size)
         if len(ids) + reply > self.max_context:
             raise EdgeError(
                 f"the prompt has {len(ids)} tokens and the context is limited to {self.max_context}; shorten it, "
@@ -118,7 +122,7 @@ class Engine:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Generator[TokenEvent, None, None]:
         """One reply in a session of its own."""
         session = self.open_session()
@@ -127,13 +131,13 @@ class Engine:
         finally:
             session.close()
 
-    def advance(self, sequence: ScheduledSequence, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+    def advance(self, sequence: ScheduledSequence, progress: Progress | None = None) -> np.ndarray:
         """Run steps until every known token of the sequence is computed -> logits [vocab] after the last."""
         while step := self._scheduler.next_step([sequence]):
             result = self._executor.step(step.batch)
             sequence.computed += step.counts[0]
             if progress is not None:
-                progress(min(sequence.computed, sequence.prompt_length), sequence.prompt_length)
+                progress(sequence.computed, sequence.prompt_length)
             if step.logits_counts[0]:
                 return result.logits[-1]
         raise AssertionError("advance() needs a sequence with pending tokens")
@@ -142,7 +146,9 @@ class Engine:
         """Logits [last, vocab] after each of the last `last` tokens of one sequence, teacher-forced."""
         return np.concatenate(list(self.stream_logits(ids, last)))
 
-    def stream_logits(self, ids: Sequence[int], last: int) -> Generator[np.ndarray, None, None]:
+    def stream_logits(
+        self, ids: Sequence[int], last: int, progress: Progress | None = None
+    ) -> Generator[np.ndarray, None, None]:
         """What `logits` returns, step by step: at most `chunk` rows at a time."""
         self.check_prompt(ids, reply=0)
         sequence = ScheduledSequence(self.cache.open(), list(ids), prompt_length=len(ids), logits_from=len(ids) - last)
@@ -150,6 +156,8 @@ class Engine:
             while step := self._scheduler.next_step([sequence]):
                 result = self._executor.step(step.batch)
                 sequence.computed += step.counts[0]
+                if progress is not None:
+                    progress(sequence.computed, len(ids))
                 if step.logits_counts[0]:
                     yield result.logits
         finally:
@@ -173,6 +181,16 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
     plan = make_plan(bundle, options)
     executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads)
     return Engine(bundle, executor, plan, options.chunk)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise UsageError if there are no ids, or one that the model does not know."""
+    if not len(ids):
+        raise UsageError("the prompt is empty; give at least one token")
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise UsageError(f"token id {bad} is outside the vocabulary of {vocab_size}; use ids 0..{vocab_size - 1}")
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import psutil
 
 from edge.bundle import WEIGHTS, Bundle
 from edge.errors import EdgeError
 from edge.kv_cache import pages_for
+from edge.machine import available_memory, usable_cores
 from plugins import PAGE_TOKENS
 
-GIB = 1 << 30
+MIB = 1 << 20
 # The interpreter with numpy and ONNX Runtime loaded, before any model.
 PROCESS_BYTES = 160 << 20
 
@@ -24,7 +23,7 @@ class EngineOptions:
 
     context: int | None = None
     memory: int | None = None
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = field(default_factory=usable_cores)
     chunk: int = 512  # prompt tokens a step
 
 
@@ -72,24 +71,32 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     A context that was asked for and does not fit is refused, though it may exceed what the model was trained for;
     one that was not asked for is the model's limit, or as much of it as fits.
     """
-    available = psutil.virtual_memory().available
-    budget = options.memory if options.memory is not None else int(available * 0.9)
+    budget = options.memory if options.memory is not None else int(available_memory() * 0.9)
     limit = bundle.manifest.limits["max_context"]
     weights, activations = _weights_bytes(bundle), _activation_bytes(bundle, options.chunk)
     fixed = weights + activations + PROCESS_BYTES
     page = kv_page_bytes(bundle)
-    fitting = (budget - fixed) // page
-    if fitting < 1:
-        raise EdgeError(
-            f"the model needs {fixed / GIB:.2f} GiB before its first KV page and the memory budget is "
-            f"{budget / GIB:.2f} GiB; raise --memory, or export with --weights w4a16"
-        )
     wanted = pages_for(options.context or limit)
-    if options.context is not None and wanted > fitting:
-        raise EdgeError(
-            f"a context of {options.context} tokens needs {(fixed + wanted * page) / GIB:.2f} GiB and the memory "
-            f"budget is {budget / GIB:.2f} GiB; ask for --context {fitting * PAGE_TOKENS} or raise --memory"
-        )
-    num_pages = int(min(wanted, fitting))
+    fitting = max(0, budget - fixed) // page
+    if fitting < (1 if options.context is None else wanted):
+        raise EdgeError(_refusal(bundle, options, budget, fixed, fitting))
+    num_pages = min(wanted, fitting)
     max_context = min(options.context or limit, num_pages * PAGE_TOKENS)
     return Plan(max_context, num_pages, weights, num_pages * page, activations)
+
+
+def _refusal(bundle: Bundle, options: EngineOptions, budget: int, fixed: int, fitting: int) -> str:
+    """What does not fit, and what would: a --memory or --context that the sentence names is enough."""
+    context = options.context or PAGE_TOKENS
+    needed = f"{-(-(fixed + pages_for(context) * kv_page_bytes(bundle)) // MIB)}MiB"
+    if options.memory is None:
+        problem, remedy = f"90 % of the free memory is {budget // MIB}MiB", "free some"
+    else:
+        problem, remedy = f"--memory allows {budget // MIB}MiB", f"give --memory {needed}"
+    if fitting:
+        other = f"ask for --context {fitting * PAGE_TOKENS}"
+    elif bundle.manifest.weights["kind"] == "exact":
+        other = "export with --weights w4a16"
+    else:
+        other = "use a smaller --chunk or model"
+    return f"a context of {context} tokens needs {needed} with its model, and {problem}; {remedy}, or {other}"

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge.bundle import MANIFEST, Manifest, open_bundle
+from build_engine.checkpoint import open_checkpoint
+from build_engine.export import ExportOptions, export_bundle
+from build_engine.formats import WeightFormat
+from edge.bundle import MANIFEST, open_bundle
+from edge.config import LongRope
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
-from edge.plan import EngineOptions, make_plan
+from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
+from tests.synthetic import tiny_config, write_hf_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 
@@ -165,50 +170,78 @@ def test_two_sessions_do_not_see_each_other(engine: Engine, cold: Engine) -> Non
     assert [y for _, y in mixed] == reply(cold, prompt(90, 2))
 
 
-class TestPlan:
-    def test_the_least_budget_that_a_refusal_names_is_enough(self, tiny_bundle: Path) -> None:
-        bundle = open_bundle(tiny_bundle)
-        with pytest.raises(EdgeError, match="before its first KV page") as refusal:
-            make_plan(bundle, EngineOptions(memory=1 << 20))
-        needed = float(str(refusal.value).split("the model needs ")[1].split(" GiB")[0])
-        plan = make_plan(bundle, EngineOptions(memory=int((needed + 0.01) * 2**30)))
-        assert plan.total <= (needed + 0.01) * 2**30
+def test_a_later_reply_of_a_session_ends_an_earlier_one(engine: Engine, cold: Engine) -> None:
+    session = engine.open_session()
+    early = session.generate(prompt(40, 1), GREEDY)
+    next(early)
+    late = session.generate(prompt(60, 2), GREEDY)
+    first = next(late).token_id
+    with pytest.raises(RuntimeError, match="ended by a later one"):
+        next(early)
+    assert [first, *(event.token_id for event in late)] == reply(cold, prompt(60, 2))
 
-    def test_the_context_that_a_refusal_offers_fits(self, tiny_bundle: Path) -> None:
-        bundle = open_bundle(tiny_bundle)
-        memory = make_plan(bundle, EngineOptions(context=64)).total + 5 * 32768
-        with pytest.raises(EdgeError, match="ask for --context") as refusal:
-            make_plan(bundle, EngineOptions(context=10**6, memory=memory))
-        offered = int(str(refusal.value).split("--context ")[1].split(" ")[0])
-        assert make_plan(bundle, EngineOptions(context=offered, memory=memory)).max_context == offered
-        with pytest.raises(EdgeError):
-            make_plan(bundle, EngineOptions(context=offered + 64, memory=memory))
 
-    def test_without_a_wish_the_context_is_the_models_or_what_fits(self, tiny_bundle: Path) -> None:
-        bundle = open_bundle(tiny_bundle)
-        limit = bundle.manifest.limits["max_context"]
-        assert make_plan(bundle, EngineOptions()).max_context == limit
-        memory = make_plan(bundle, EngineOptions(context=64)).total + 32768
-        assert 64 <= make_plan(bundle, EngineOptions(memory=memory)).max_context < limit
+def test_a_full_pool_stops_one_reply_and_spoils_nothing(engine: Engine, cold: Engine) -> None:
+    """Two conversations in a pool for one: the page that is missing is missed in the middle of a reply."""
+    a, b = engine.open_session(), engine.open_session()
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    expected = reply(cold, prompt(120, 1), params)
+    list(b.generate(prompt(100, 2), GREEDY))
+    tokens = []
+    with pytest.raises(EdgeError, match="129 tokens need 1 more KV pages of 64 tokens and 0 are free"):
+        for event in a.generate(prompt(120, 1), params):
+            tokens.append(event.token_id)
+    assert tokens == expected[:9]
+    b.close()
+    assert [event.token_id for event in a.generate(prompt(120, 1), params)] == expected
+    a.close()
+    assert engine.cache.free_pages == engine.cache.num_pages
 
-    def test_a_context_beyond_the_training_length_is_the_users_choice(self, tiny_bundle: Path) -> None:
-        bundle = open_bundle(tiny_bundle)
-        wanted = bundle.manifest.limits["max_context"] + 100
-        assert make_plan(bundle, EngineOptions(context=wanted)).max_context == wanted
+
+def test_progress_counts_the_prompt_and_nothing_else(engine: Engine) -> None:
+    session, calls = engine.open_session(), []
+    list(session.generate(prompt(40), GREEDY, lambda done, total: calls.append((done, total))))
+    assert calls == [(16, 40), (32, 40), (40, 40)]
+    calls.clear()
+    list(session.generate(prompt(40) + prompt(10, 1), GREEDY, lambda done, total: calls.append((done, total))))
+    assert calls == [(50, 50)]
+
+
+def test_abandoned_logits_free_their_pages(engine: Engine) -> None:
+    rows = engine.stream_logits(prompt(100), 100)
+    assert next(rows).shape == (16, engine.vocab_size)
+    rows.close()
+    assert engine.cache.free_pages == engine.cache.num_pages
+
+
+@pytest.fixture(scope="module")
+def switching(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose LongRoPE lists differ and change at 64 tokens."""
+    folder = tmp_path_factory.mktemp("switching")
+    rope = LongRope((1.0,) * 8, tuple(4.0 + i for i in range(8)), 64)
+    config = tiny_config(tie_word_embeddings=False, long_rope=rope)
+    checkpoint = open_checkpoint(write_hf_checkpoint(folder / "checkpoint", config))
+    return export_bundle(checkpoint, folder / "bundle", ExportOptions(weights=WeightFormat("exact")))
+
+
+@pytest.mark.parametrize("lengths", [(40, 100, 120), (60, 66), (100, 40), (40, 50), (100, 120)])
+def test_turns_across_longropes_limit_are_as_cold_runs(switching: Path, lengths: tuple[int, ...]) -> None:
+    """Keys rotated by one list are no use to a prompt that needs the other; within a list they are kept."""
+    engine, cold = (open_engine(switching, EngineOptions(context=256, chunk=chunk)) for chunk in (16, 512))
+    session, counting = engine.open_session(), Counting(engine)
+    history: list[int] = []
+    for turn, length in enumerate(lengths):
+        shared = min(len(history), length - 10)
+        kept = shared if (len(history) > 64) == (length > 64) else 0
+        history = history[:shared] + prompt(length - shared, seed=turn)
+        counting.tokens = 0
+        assert [event.token_id for event in session.generate(history, GREEDY)] == reply(cold, history)
+        assert counting.tokens == length - kept + 7
 
 
 def test_a_bundle_for_another_executor_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
-    values = json.loads((other / MANIFEST).read_text())
-    values.pop("key")
-    manifest = Manifest.from_json(json.dumps({**values, "key": _key({**values, "target": "rtx"}), "target": "rtx"}))
+    manifest = replace(open_bundle(other).manifest, target="rtx")
     (other / MANIFEST).write_text(manifest.to_json())
     with pytest.raises(UsageError, match="exported for rtx"):
         open_engine(other, EngineOptions())
-
-
-def _key(values: dict[str, object]) -> str:
-    import hashlib
-
-    content = {k: v for k, v in values.items() if k not in ("name", "tools")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -41,6 +41,9 @@ def bench(
     from edge.bench.tables import terminal
 
     cases = [BenchCase(length, new_tokens) for length in _lengths(contexts)]
+    for path in (html, markdown, output):
+        if path is not None:
+            opt.check_output(path)
     longest = max(case.prompt_tokens for case in cases) + new_tokens
     engine = opt.load_engine(bundle, context or longest, memory, threads, chunk)
     with progress_bar("measuring", quiet=json) as progress:

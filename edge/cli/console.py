@@ -19,6 +19,12 @@ def note(text: str) -> None:
     err.print(text, style="dim", markup=False)
 
 
+def write(text: str) -> None:
+    """Model text, to stdout as it is: no markup, no wrapping, at once."""
+    out.file.write(text)
+    out.file.flush()
+
+
 def print_json(values: Any) -> None:
     """One JSON document on stdout, for machines."""
     print(json.dumps(values, indent=1, ensure_ascii=False))

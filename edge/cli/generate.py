@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from edge.cli import options as opt
-from edge.cli.console import err, note, out, print_json, progress_bar
+from edge.cli.console import err, note, print_json, progress_bar, write
 from edge.engine import Engine, Session
-from edge.errors import UsageError
+from edge.errors import EdgeError, UsageError
 from edge.sampler import SamplingParams
 from edge.stream import TextStream
 from edge.text import TextSettings, Tokenizer
@@ -44,7 +45,7 @@ class Reply:
 
 def run(
     bundle: opt.BundlePath,
-    prompt: Annotated[str | None, typer.Option(help="The question. Default: --file, or standard input.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question; - reads it from standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this UTF-8 file.")] = None,
     raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
@@ -71,6 +72,8 @@ def run(
 
       cat notes.txt | edge run bundle --raw --max-tokens 100
     """
+    if raw and system is not None:
+        raise UsageError("--system is part of the chat template, which --raw leaves out; drop one of them")
     text = read_prompt(prompt, file)
     engine = opt.load_engine(bundle, context, memory, threads, chunk)
     tokenizer = load_tokenizer(engine)
@@ -88,8 +91,7 @@ def run(
     if raw:
         ids = tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
     else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}], enable_thinking=thinking)
+        ids = tokenizer.encode_chat([*opening(system), question(text)], enable_thinking=thinking)
     session = engine.open_session()
     reply = Reply(len(ids))
     try:
@@ -140,23 +142,34 @@ def chat(
         seed=seed,
         max_tokens=max_tokens,
     )
-    beginning = [{"role": "system", "content": system}] if system is not None else []
-    messages = list(beginning)
+    messages = opening(system)
     session = engine.open_session()
     note("Ctrl-D or /exit ends the chat, /reset forgets it, Ctrl-C stops a reply")
     while (line := read_line()) is not None:
-        if line.strip() == "/exit":
+        command = line.strip()
+        if command == "/exit":
             return
-        if line.strip() == "/reset":
-            messages = list(beginning)
-            continue
-        if not line.strip():
-            continue
-        turn = [*messages, {"role": "user", "content": line}]
-        reply = take_turn(session, tokenizer, turn, params, thinking)
-        if reply is not None:
-            messages = [*turn, {"role": "assistant", "content": reply.text}]
-            note(reply.summary())
+        if command == "/reset":
+            messages = opening(system)
+            note("forgotten")
+        elif re.fullmatch("/[a-z]+", command):
+            note(f"{command} is no command; there are /reset and /exit")
+        elif command:
+            turn = [*messages, question(line)]
+            reply = take_turn(session, tokenizer, turn, params, thinking)
+            if reply is not None:
+                messages = [*turn, {"role": "assistant", "content": reply.text}]
+                note(reply.summary())
+
+
+def opening(system: str | None) -> list[dict[str, str]]:
+    """The messages before the first question."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def question(text: str) -> dict[str, str]:
+    """The user's message; the line end of a file or of echo is no part of it."""
+    return {"role": "user", "content": text.removesuffix("\n")}
 
 
 def take_turn(
@@ -166,21 +179,21 @@ def take_turn(
     params: SamplingParams,
     thinking: bool | None,
 ) -> Reply | None:
-    """Stream one reply; None (and a sentence) if it could not be given, so that the chat goes on."""
-    from edge.errors import EdgeError
-
+    """Stream one reply, perhaps cut short by Ctrl-C; None (and why) if there was none, so that the chat goes on."""
     try:
         ids = tokenizer.encode_chat(messages, enable_thinking=thinking)
         reply = Reply(len(ids))
         try:
             for piece in stream_reply(session, tokenizer, ids, params, reply):
                 write(piece)
+            write("\n")
         except KeyboardInterrupt:
-            note(" (stopped)")
-        write("\n")
-        return reply
+            write("\n")
+            note("stopped" if reply.tokens else "stopped before the reply; the question is forgotten")
+        return reply if reply.tokens else None
     except EdgeError as error:
-        err.print(f"error: {error}", style="red", markup=False)
+        hint = "; /reset starts over" if len(messages) > 2 else ""
+        err.print(f"error: {error}{hint}", style="red", markup=False)
         return None
 
 
@@ -236,11 +249,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     """From --prompt, --file or standard input, exactly one of them."""
     if prompt is not None and file is not None:
         raise UsageError("--prompt and --file were both given; choose one")
-    if prompt is not None:
-        text = prompt
-    elif file is not None:
+    if file is not None and str(file) != "-":
         text = _decode(_read_file(file), str(file))
-    elif sys.stdin.isatty():
+    elif prompt is not None and prompt != "-":
+        text = prompt
+    elif sys.stdin is None or (prompt is None and file is None and sys.stdin.isatty()):
         raise UsageError("there is no prompt; give --prompt TEXT or --file PATH, or pipe text in")
     else:
         text = _decode(sys.stdin.buffer.read(), "standard input")
@@ -258,28 +271,28 @@ def _read_file(path: Path) -> bytes:
 
 def _decode(data: bytes, source: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # the mark that some editors put first is no text
     except UnicodeDecodeError as error:
         raise UsageError(f"{source} is not UTF-8 (byte {error.start}); convert it first") from None
 
 
 def read_line() -> str | None:
-    """One line from the person, None at the end of input."""
-    try:
-        return input("> ") if sys.stdin.isatty() else _piped_line()
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        write("\n")
-        return None
+    """One line from the person, None at the end of input. Ctrl-C drops a half-written line."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return _piped_line()
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines and remembers them
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            write("\n")
+            return None
+        except KeyboardInterrupt:
+            write("\n")
+            note("Ctrl-D or /exit ends the chat")
 
 
 def _piped_line() -> str | None:
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
-
-
-def write(text: str) -> Any:
-    """Model text goes out as it is: no markup, no wrapping."""
-    out.file.write(text)
-    out.file.flush()
+    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+    return _decode(line, "standard input").rstrip("\r\n") if line else None

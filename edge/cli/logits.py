@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import typer
 from edge.bundle import is_bundle, open_bundle
 from edge.cli import options as opt
 from edge.cli.console import note, progress_bar
+from edge.engine import check_ids
 from edge.errors import EdgeError, UsageError
 
 
@@ -40,18 +42,17 @@ def logits(
     ids = opt.load_ids(ids_file)
     if last > len(ids):
         raise UsageError(f"--last {last} exceeds the {len(ids)} ids of {ids_file}; ask for at most {len(ids)}")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"{out.absolute().parent} does not exist; create it or choose another --out")
-    with _as_bundle(model, exact) as bundle:
+    opt.check_output(out)
+    with _as_bundle(model, ids, out, exact) as bundle:
         engine = opt.load_engine(bundle, context or len(ids), memory, threads, chunk)
-        values = engine.logits(ids, last)
-    _save(out, values)
-    note(f"{out}: logits {values.shape[0]} x {values.shape[1]}")
+        with progress_bar("computing") as progress:
+            _save(out, engine.stream_logits(ids, last, progress), (last, engine.vocab_size))
+    note(f"{out}: logits {last} x {engine.vocab_size}")
 
 
 @contextlib.contextmanager
-def _as_bundle(model: Path, exact: bool) -> Iterator[Path]:
-    """The bundle itself, or a temporary one made from the checkpoint."""
+def _as_bundle(model: Path, ids: list[int], out: Path, exact: bool) -> Iterator[Path]:
+    """The bundle itself, or one made from the checkpoint for this once, beside `out` (/tmp may be memory)."""
     if is_bundle(model):
         kind = open_bundle(model, verify=False).manifest.weights["kind"]
         if exact and kind != "exact":
@@ -63,18 +64,23 @@ def _as_bundle(model: Path, exact: bool) -> Iterator[Path]:
     from build_engine.formats import choose_format
 
     checkpoint = open_checkpoint(model)
-    with tempfile.TemporaryDirectory(prefix="edge-logits-") as folder, progress_bar("exporting") as progress:
-        weights = choose_format(checkpoint, "onnxruntime", "exact" if exact else "w4a16")
-        options = ExportOptions(weights=weights)
-        yield export_bundle(checkpoint, Path(folder) / "bundle", options, progress)
+    check_ids(ids, checkpoint.config.vocab_size)
+    options = ExportOptions(weights=choose_format(checkpoint, "onnxruntime", "exact" if exact else "w4a16"))
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.bundle-", dir=out.absolute().parent) as folder:
+        with progress_bar("exporting") as progress:
+            bundle = export_bundle(checkpoint, Path(folder) / "bundle", options, progress)
+        yield bundle
 
 
-def _save(path: Path, values: np.ndarray) -> None:
-    """Write beside and rename, so that a full disk leaves no half file."""
-    partial = path.with_name(f".{path.name}.partial")
+def _save(path: Path, chunks: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
+    """Write the rows as they come, beside, and rename: neither memory nor a full disk gets half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            np.save(file, values)
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for rows in chunks:
+                file.write(np.ascontiguousarray(rows, "<f4").data)
         partial.replace(path)
     except OSError as error:
         raise EdgeError(f"cannot write {path} ({error.strerror}); choose another --out") from None

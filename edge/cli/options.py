@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,18 +13,20 @@ import typer
 from edge.cli.console import note
 from edge.engine import Engine, open_engine
 from edge.errors import UsageError
+from edge.machine import usable_cores
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 
 BundlePath = Annotated[Path, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")]
 Context = Annotated[
-    int | None, typer.Option(min=1, help="Tokens a conversation may hold. Default: the model's limit, if it fits.")
+    int | None,
+    typer.Option(min=1, max=2**31 - 1, help="Tokens a conversation may hold. Default: the model's limit, if it fits."),
 ]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory budget, as 4GiB or 900MB. Default: 90 % of what is free.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all this process may use.")]
-Chunk = Annotated[int, typer.Option(min=1, help="Prompt tokens computed at once.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: all this process may use.")]
+Chunk = Annotated[int, typer.Option(min=1, max=2**20, help="Prompt tokens computed at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own setting, else 0.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability mass.")]
@@ -55,7 +58,7 @@ def load_engine(
     options = EngineOptions(
         context=context,
         memory=None if memory is None else parse_size(memory),
-        threads=threads or EngineOptions.threads,
+        threads=usable_cores() if threads is None else threads,
         chunk=chunk,
     )
     engine = open_engine(bundle, options)
@@ -77,6 +80,17 @@ def sampling_params(defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
     return SamplingParams(**values)
 
 
+def check_output(path: Path) -> None:
+    """Raise before the work rather than after it if the file could not be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder, so {path.name} cannot be written there; create it or choose another")
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise UsageError(f"{path} is a folder or a device; give the name of a file to write")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} is not writable; choose another place for {path.name}")
+
+
 def load_ids(path: Path) -> list[int]:
     """Token ids from a .npy file of whole numbers, any shape with one row."""
     try:
@@ -89,4 +103,6 @@ def load_ids(path: Path) -> list[int]:
         raise UsageError(f"{path} holds {ids.dtype} values; token ids must be whole numbers")
     if ids.size != max(ids.shape, default=0):
         raise UsageError(f"{path} has shape {ids.shape}; give one sequence of ids")
+    if ids.size == 0:
+        raise UsageError(f"{path} holds no ids; give at least one")
     return [int(i) for i in ids.reshape(-1)]

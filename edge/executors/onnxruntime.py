@@ -33,11 +33,15 @@ class OnnxRuntimeExecutor:
         self._library = register(options)
         try:
             self._session = ort.InferenceSession(str(bundle.file(GRAPH)), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise EdgeError(f"ONNX Runtime cannot load {bundle.file(GRAPH)}: {error}") from error
+            self._binding = self._session.io_binding()
+            self._pools = self._bind_pools(bundle)
+        except MemoryError as error:
+            raise EdgeError(f"the KV pool cannot be had ({error}); ask for a smaller --context or --memory") from error
+        except Exception as error:  # the library has no narrower base
+            raise EdgeError(
+                f"ONNX Runtime cannot load {bundle.file(GRAPH)} ({error}); export the bundle again"
+            ) from error
         self._input_names = {node.name for node in self._session.get_inputs()}
-        self._binding = self._session.io_binding()
-        self._pools = self._bind_pools(bundle)
         self._kv_type = bundle.manifest.types["kv"]
 
     def _bind_pools(self, bundle: Bundle) -> list[ort.OrtValue]:
@@ -58,7 +62,13 @@ class OnnxRuntimeExecutor:
             if name in self._input_names:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name), np.int32))
         self._binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # the library has no narrower base
+            tokens = len(batch.input_ids)
+            raise EdgeError(
+                f"ONNX Runtime failed in a step of {tokens} tokens ({error}); try a smaller --chunk"
+            ) from error
         return StepResult(self._binding.get_outputs()[-1].numpy())
 
     def describe(self) -> dict[str, str]:
