@@ -11,7 +11,6 @@ import numpy as np
 from edge.bundle import Bundle, open_bundle
 from edge.errors import EdgeError, UsageError
 from edge.executor import Executor
-from edge.executors.onnxruntime import OnnxRuntimeExecutor
 from edge.kv_cache import KVCache
 from edge.plan import EngineOptions, Plan, make_plan
 from edge.sampler import Sampler, SamplingParams
@@ -177,6 +176,8 @@ class Engine:
 
 def open_engine(path: Path, options: EngineOptions) -> Engine:
     """Open a bundle, plan its memory and load its executor."""
+    from edge.executors.onnxruntime import OnnxRuntimeExecutor  # a device needs the library of its own executor only
+
     bundle = open_bundle(path)
     plan = make_plan(bundle, options)
     executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads)

@@ -73,7 +73,7 @@ WRONG = {
     "no such checkpoint": (["export", "/nowhere", "--out", "OUT"], 2, "/nowhere does not exist"),
     "no such bundle": (["run", "/nowhere", "--prompt", "x"], 2, "not a folder"),
     "a checkpoint where a bundle belongs": (["run", "CHECKPOINT", "--prompt", "x"], 2, "edge export"),
-    "a bundle where a checkpoint belongs": (["export", "BUNDLE", "--out", "OUT"], 2, "config.json"),
+    "a bundle where a checkpoint belongs": (["export", "BUNDLE", "--out", "OUT"], 2, "is a bundle already"),
     "empty prompt": (["run", "BUNDLE", "--prompt", "  "], 2, "the prompt is empty"),
     "two prompts": (["run", "BUNDLE", "--prompt", "x", "--file", "IDS"], 2, "choose one"),
     "no prompt file": (["run", "BUNDLE", "--file", "/nowhere"], 2, "cannot read /nowhere (No such file"),
@@ -222,6 +222,12 @@ def test_output_that_cannot_be_written_is_one_sentence(tiny_bundle: Path, tail: 
     assert result.stderr.count(b"\n") == 1
 
 
+def test_a_reader_that_leaves_early_is_no_error_to_tell(tiny_bundle: Path) -> None:
+    for tail in ("--prompt hi --json | :", "--prompt hi --max-tokens 400 | head -c 5"):
+        result = in_shell(tiny_bundle, tail)
+        assert b"error" not in result.stderr.lower()
+
+
 def test_closed_streams_are_no_drama(tiny_bundle: Path) -> None:
     no_input = in_shell(tiny_bundle, "<&-")
     assert (no_input.returncode, no_input.stderr[:26]) == (2, b"error: there is no prompt;")
@@ -271,7 +277,7 @@ class Finder(importlib.abc.MetaPathFinder):
             stop()
 sys.meta_path.insert(0, Finder())
 """,
-    "loading": "import edge.engine as e; e.OnnxRuntimeExecutor.__init__ = lambda *a: stop()",
+    "loading": "import edge.executors.onnxruntime as o; o.OnnxRuntimeExecutor.__init__ = lambda *a: stop()",
     "prefilling": "import edge.executors.onnxruntime as o; o.OnnxRuntimeExecutor.step = lambda *a: stop()",
     "decoding": """
 import itertools
@@ -307,7 +313,18 @@ def test_a_context_beyond_the_training_length_is_noted(tiny_bundle: Path) -> Non
     assert b"a context of 9999 tokens exceeds the " in result.stderr
 
 
-NO_NETWORK = """
+def test_it_works_without_a_home_or_a_writable_folder(tiny_bundle: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "HOME"}
+    command = [*EDGE, "run", str(tiny_bundle), "--prompt", "hi", "--max-tokens", "3"]
+    result = subprocess.run(command, cwd="/proc", env=environment, capture_output=True)
+    assert result.returncode == 0
+    assert result.stderr.count(b"\n") == 1, result.stderr
+
+
+def test_it_leaves_no_trace_and_calls_nobody(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The inference library would write a device id to the home folder and report to its maker."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    code = """
 import socket, sys
 def refuse(*arguments, **options):
     raise AssertionError("the network was used")
@@ -315,13 +332,10 @@ socket.socket = socket.getaddrinfo = socket.create_connection = refuse
 from edge.cli import main
 main()
 """
-
-
-def test_it_works_without_a_home_a_network_or_a_writable_folder(tiny_bundle: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "HOME"}
-    command = [sys.executable, "-c", NO_NETWORK, "run", str(tiny_bundle), "--prompt", "hi", "--max-tokens", "3"]
-    result = subprocess.run(command, cwd="/proc", env=environment, capture_output=True)
+    command = [sys.executable, "-c", code, "run", str(tiny_bundle), "--prompt", "hi", "--max-tokens", "3"]
+    result = subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, capture_output=True)
     assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def read_until(terminal: int, pattern: str, seconds: float = 60) -> str:

@@ -66,6 +66,8 @@ def run_command(arguments: list[str], *, debug: bool) -> int:
             raise
         if error.filename is None:
             _drop_output()
+        if isinstance(error, BrokenPipeError):
+            return 1  # who read the output has had enough of it
         where = f"cannot use {error.filename}" if error.filename else "cannot write the output"
         return _complain(f"{where} ({error.strerror}); check the path, its permissions and the space there", 1)
     except Exception as error:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from edge.bundle import is_bundle, open_bundle
 from edge.cli.console import note, print_json, progress_bar
 from edge.cli.options import Json
+from edge.errors import UsageError
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face folder (safetensors) or .gguf file.")
@@ -49,6 +51,8 @@ def export(
     from build_engine.export import ExportOptions, export_bundle
     from build_engine.formats import choose_format
 
+    if is_bundle(checkpoint):
+        raise UsageError(f"{checkpoint} is a bundle already; run it, or export the checkpoint it was made from")
     source = open_checkpoint(checkpoint)
     chosen = choose_format(source, target, weights, group_size, symmetric, head)
     with progress_bar("exporting", quiet=json) as progress:
@@ -85,8 +89,6 @@ def build(
 
 def report_bundle(path: Path, *, as_json: bool) -> None:
     """What was written, in a line or as JSON."""
-    from edge.bundle import open_bundle
-
     manifest = open_bundle(path, verify=False).manifest
     size = sum(entry.bytes for entry in manifest.files.values())
     if as_json:

@@ -92,16 +92,20 @@ def run(
         ids = tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
     else:
         ids = tokenizer.encode_chat([*opening(system), question(text)], enable_thinking=thinking)
-    session = engine.open_session()
     reply = Reply(len(ids))
     try:
-        for piece in stream_reply(session, tokenizer, ids, params, reply, after_prompt=raw):
+        for piece in stream_reply(engine.open_session(), tokenizer, ids, params, reply, after_prompt=raw):
             if not json:
                 write(piece)
     finally:
         if not json and reply.text:
             write("\n")
-    if json:
+    report_reply(reply, engine, as_json=json)
+
+
+def report_reply(reply: Reply, engine: Engine, *, as_json: bool) -> None:
+    """How it went, in a line or, with the text, as JSON."""
+    if as_json:
         print_json({**vars(reply), "bundle": engine.describe()})
     else:
         note(reply.summary())
