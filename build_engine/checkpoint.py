@@ -23,9 +23,6 @@ _INFINITY_BITS = {
     np.dtype(np.float32): (np.uint32, np.int32, 0x7F800000),
 }
 
-# check_finite holds about this many bytes of decoded weights at a time.
-_CHUNK_BYTES = 16 << 20
-
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -203,21 +200,3 @@ def require_finite(name: str, array: np.ndarray, first_row: int = 0) -> None:
         f"tensor {name} holds {float(array[first])} at row {first_row + int(first[0])}{column}; "
         "the weights are damaged: download or convert the checkpoint again"
     )
-
-
-def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
-    """Run `require_finite` over every weight, a few rows at a time.
-
-    `progress(done, total)` is told the decoded bytes checked so far and overall.
-    """
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in checkpoint.tensors.values())
-    done = 0
-    for tensor in checkpoint.tensors.values():
-        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        step = max(1, _CHUNK_BYTES // row_bytes)
-        for start in range(0, tensor.shape[0], step):
-            rows = tensor.read(slice(start, start + step))
-            require_finite(tensor.name, rows, start)
-            done += rows.nbytes
-            if progress is not None:
-                progress(done, total)

@@ -97,16 +97,10 @@ def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.M
     )
 
 
-def uses_rope_length(config: ModelConfig) -> bool:
-    """Whether the choice between LongRoPE's two lists can make a difference, and so is an input of the graph."""
-    rope = config.long_rope
-    return rope is not None and rope.short_factor != rope.long_factor
-
-
 def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoProto]:
     """T new tokens of B sequences; P page-table columns; R rows that need logits.
 
-    `rope_length` [B] (only if `uses_rope_length`) is the length that selects LongRoPE's factor list: the whole
+    `rope_length` [B] (only if the two lists differ) is the length that selects LongRoPE's factor list: the whole
     prompt's during its chunked prefill, then the context's, so that chunking never changes the result.
     """
     inputs = [
@@ -116,7 +110,7 @@ def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoP
         helper.make_tensor_value_info("page_table", INT32, ["B", "P"]),
         helper.make_tensor_value_info("logits_rows", INT32, ["R"]),
     ]
-    if uses_rope_length(config):
+    if config.rope_lists_differ:
         inputs.append(helper.make_tensor_value_info("rope_length", INT32, ["B"]))
     return inputs + _pools(config, types, "kv_pool")
 
@@ -157,7 +151,7 @@ def _rope_tables(b: _Builder, config: ModelConfig) -> tuple[str, str]:
     position = b.op("Cast", "rope.position", column, to=TensorProto.FLOAT)
 
     inverse = b.constant("rope.short", np.float32(1) / np.asarray(rope.short_factor, np.float32)[None])
-    if uses_rope_length(config):
+    if config.rope_lists_differ:
         long = b.constant("rope.long", np.float32(1) / np.asarray(rope.long_factor, np.float32)[None])
         inverse = b.op("Where", "rope.inverse", _rope_is_long(b, rope), long, inverse)
     stretched = b.op("Mul", "rope.stretched", position, inverse)

@@ -111,7 +111,7 @@ class _Lowering:
             if self.target.tensorrt:
                 dtype = np.dtype(np.float16)
             element_type = helper.np_dtype_to_tensor_dtype(dtype)
-            shape = [sum(source.shape[0] for source in sources), sources[0].shape[1]]
+            shape = list(_stacked_shape(sources))
             chunks = (_convert(s.name, rows, dtype) for s in sources for rows in _row_chunks(s))
             self.initializers.append(self.file.add(name, element_type, shape, chunks))
             self._stored[name] = element_type

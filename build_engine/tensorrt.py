@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from build_engine.graph import uses_rope_length
 from build_engine.lowering import Progress
 from build_engine.tensorrt_compile import PROGRESS_TOTAL, Request, Shape
 from build_engine.tensorrt_flavour import Flavour, load_flavour
@@ -186,7 +185,7 @@ def _profile(
         "page_table": shapes(sequences, pages),
         "logits_rows": shapes(rows),
     }
-    if uses_rope_length(config):
+    if config.rope_lists_differ:
         inputs["rope_length"] = shapes(sequences)
     for layer in range(config.num_hidden_layers):
         inputs[f"kv_pool.{layer}"] = shapes(pool_pages, *pool)

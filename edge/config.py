@@ -79,12 +79,16 @@ class ModelConfig:
         scale = self.max_position_embeddings / original
         return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
+    @property
+    def rope_lists_differ(self) -> bool:
+        """Whether the choice between LongRoPE's two lists can make a difference."""
+        return self.long_rope is not None and self.long_rope.short_factor != self.long_rope.long_factor
+
     def rope_is_long(self, length: int) -> bool:
         """Whether a sequence of this length is rotated by LongRoPE's long list, where that makes a difference."""
-        rope = self.long_rope
-        if rope is None or rope.short_factor == rope.long_factor:
+        if self.long_rope is None or not self.rope_lists_differ:
             return False
-        return length > rope.original_max_position_embeddings
+        return length > self.long_rope.original_max_position_embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""

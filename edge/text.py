@@ -17,11 +17,9 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
+from edge.bundle import CHAT_TEMPLATE, TOKENIZER
 from edge.errors import EdgeError, UsageError
 from edge.stream import Detokenizer, TokenDecoder
-
-TOKENIZER_FILE = "tokenizer.json"
-TEMPLATE_FILE = "chat_template.jinja"
 
 # MiniCPM4's own template (spec: infllmv2.md 7), for a checkpoint that ships none.
 MINICPM4_TEMPLATE = (
@@ -42,7 +40,7 @@ class TextSettings:
     chat_template: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for the manifest, without the template, which is the file TEMPLATE_FILE."""
+        """Plain JSON values for the manifest, without the template, which is the file CHAT_TEMPLATE."""
         values = asdict(self)
         del values["chat_template"]
         return values
@@ -71,15 +69,15 @@ class Tokenizer:
 
         EdgeError if a file cannot be read, the decoder is of an unknown kind, or the BOS token is missing.
         """
-        path = folder / TOKENIZER_FILE
+        path = folder / TOKENIZER
         try:
             model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for a missing or damaged file
             raise EdgeError(f"{path} is no valid tokenizer ({error}): export the bundle again") from error
         model.no_truncation()
         model.no_padding()
-        if settings.chat_template is None and (folder / TEMPLATE_FILE).exists():
-            settings = replace(settings, chat_template=_read_template(folder / TEMPLATE_FILE))
+        if settings.chat_template is None and (folder / CHAT_TEMPLATE).exists():
+            settings = replace(settings, chat_template=_read_template(folder / CHAT_TEMPLATE))
         tokenizer = Tokenizer(model, settings, TokenDecoder.of(model))
         if settings.add_bos:
             tokenizer.bos_id()
@@ -151,7 +149,7 @@ class Tokenizer:
         except Exception as error:  # the template is the checkpoint's code: anything may go wrong in it
             raise EdgeError(
                 f"the chat template does not take these messages ({error}): change their roles or contents, "
-                f"or correct {TEMPLATE_FILE}"
+                f"or correct {CHAT_TEMPLATE}"
             ) from error
 
     def encode_chat(
@@ -172,7 +170,7 @@ class Tokenizer:
             return MINICPM4_TEMPLATE
         raise UsageError(
             "the model has no chat template, and lacks the tokens <|im_start|> and <|im_end|> of MiniCPM4's: "
-            f"put a template into the bundle as {TEMPLATE_FILE}, or send a raw prompt"
+            f"put a template into the bundle as {CHAT_TEMPLATE}, or send a raw prompt"
         )
 
 
@@ -238,5 +236,5 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise EdgeError(
-            f"the chat template is not Jinja (line {error.lineno}: {error.message}): correct {TEMPLATE_FILE}"
+            f"the chat template is not Jinja (line {error.lineno}: {error.message}): correct {CHAT_TEMPLATE}"
         ) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from build_engine import lowering
 from build_engine.checkpoint import expected_shapes, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat, choose_format
@@ -38,11 +39,11 @@ def leftovers(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"checkpoint"}
 
 
-def set_weight(checkpoint: Path, name: str, value: float) -> None:
-    """Overwrite the first element of one bfloat16 tensor where it lies in the file."""
+def set_weight(checkpoint: Path, name: str, value: float, row: int = 0, column: int = 0) -> None:
+    """Overwrite one element of a bfloat16 matrix where it lies in the file."""
     tensor = open_checkpoint(checkpoint).tensors[name].read(slice(None))
     old, new = tensor.tobytes(), np.array(tensor)
-    new.reshape(-1)[0] = value
+    new[row, column] = value
     path = checkpoint / "model.safetensors"
     data = path.read_bytes()
     assert data.count(old) == 1
@@ -82,6 +83,18 @@ def test_a_failing_overwrite_keeps_the_old_bundle(checkpoint: Path, tmp_path: Pa
         export_bundle(open_checkpoint(checkpoint), out, ExportOptions(overwrite=True))
     assert open_bundle(out).manifest.key == key
     assert leftovers(tmp_path) == {"out"}
+
+
+def test_a_damaged_weight_is_named_with_its_row(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where chunks of rows are read: the row counts from the tensor's beginning."""
+    monkeypatch.setattr(lowering, "CHUNK_BYTES", 4 * 64 * 3)
+    tensor = open_checkpoint(checkpoint).tensors["model.embed_tokens.weight"]
+    set_weight(checkpoint, tensor.name, float("nan"), row=tensor.shape[0] - 1, column=3)
+    words = rf"tensor model\.embed_tokens\.weight holds nan at row {tensor.shape[0] - 1}, column 3"
+    with pytest.raises(EdgeError, match=words):
+        export_bundle(open_checkpoint(checkpoint), tmp_path / "out", EXACT)
 
 
 def test_overwriting_replaces_the_bundle(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from edge.machine import usable_cores
+
 PACKAGES = ("minicpm-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 NO_DEVICE = "no CUDA device"
@@ -80,15 +82,6 @@ def describe_machine() -> Machine:
         accelerator=describe_accelerator(),
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the CPU quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _text(Path("/sys/fs/cgroup/cpu.max")).split()
-    if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
-    return cores
 
 
 def describe_accelerator(driver: Any | None = None) -> str:

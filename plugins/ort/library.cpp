@@ -134,7 +134,7 @@ struct PagedAttention {
 
 extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   ort::api = base->GetApi(ort::kApiVersion);
-  if (ort::api == nullptr) return nullptr;  // older than 1.17: edge.ops.library checks the version and says so
+  if (ort::api == nullptr) return nullptr;  // older than 1.17, which pyproject.toml rules out: the functions run
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
                                 ort::make_custom_op<SwiGlu>(), ort::make_custom_op<AddGroupOffsets>(),
                                 ort::make_custom_op<PagedAttention>()};
