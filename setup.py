@@ -16,8 +16,12 @@ from setuptools.command.build_ext import build_ext
 
 # Name in the library's file name -> what the compiler calls it.
 INSTRUCTION_SETS = {
-    "x86_64": {"x86_64_v3": "x86-64-v3", "x86_64_v4": "x86-64-v4"},
-    "aarch64": {"armv8_2": "armv8.2-a+fp16+dotprod"},
+    "x86_64": {
+        "x86_64_v3": ["-march=x86-64-v3"],
+        "x86_64_v4": ["-march=x86-64-v4"],
+        "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    },
+    "aarch64": {"armv8_2": ["-march=armv8.2-a+fp16+dotprod"]},
 }
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-I."]
 # The last one: GCC 12's own AVX-512 headers trip it (_mm512_undefined_ps).
@@ -49,18 +53,18 @@ class BuildOperators(build_ext):
             self.build_temp = temp
 
 
-def operator_library(name: str, march: str) -> Extension:
+def operator_library(name: str, flags: list[str]) -> Extension:
     return Extension(
         f"plugins.ort.libedge_ops_{name}",
         sources=["plugins/ort/library.cpp"],
         depends=[str(path) for path in sorted(Path("plugins").glob("*/*.h"))],
-        extra_compile_args=[*FLAGS, *WARNINGS, f"-march={march}"],
+        extra_compile_args=[*FLAGS, *WARNINGS, *flags],
         language="c++",
         optional=True,
     )
 
 
 setup(
-    ext_modules=[operator_library(name, march) for name, march in INSTRUCTION_SETS.get(platform.machine(), {}).items()],
+    ext_modules=[operator_library(name, flags) for name, flags in INSTRUCTION_SETS.get(platform.machine(), {}).items()],
     cmdclass={"build_ext": BuildOperators},
 )

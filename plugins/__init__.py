@@ -22,9 +22,10 @@ def functions() -> list[onnx.FunctionProto]:
     import onnx.parser
 
     from plugins.group_offsets.function import ADD_GROUP_OFFSETS
+    from plugins.infllmv2.function import INFLLMV2_ATTENTION
     from plugins.paged_attention.function import PAGED_ATTENTION
     from plugins.rms_norm.function import ADD_RMS_NORM, RMS_NORM
     from plugins.swiglu.function import SWIGLU
 
-    texts = (RMS_NORM, ADD_RMS_NORM, SWIGLU, ADD_GROUP_OFFSETS, PAGED_ATTENTION)
+    texts = (RMS_NORM, ADD_RMS_NORM, SWIGLU, ADD_GROUP_OFFSETS, PAGED_ATTENTION, INFLLMV2_ATTENTION)
     return [onnx.parser.parse_function(text) for text in texts]

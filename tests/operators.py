@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -42,6 +43,50 @@ def session(how: str, model: bytes) -> ort.InferenceSession:
     if how != "function":
         options.register_custom_ops_library(str(library_path(how)))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def bind_pool(binding: ort.IOBinding, name: str, pool: np.ndarray) -> None:
+    """One buffer as a pool's input and output, as the executor binds it; `pool` (perhaps bfloat16) is updated."""
+    onnx_type = helper.np_dtype_to_tensor_dtype(pool.dtype)
+    stored = pool.view(np.uint16) if pool.dtype == ml_dtypes.bfloat16 else pool
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored, onnx_type)
+    binding.bind_ortvalue_input(name, value)
+    binding.bind_ortvalue_output(f"{name}_out", value)
+
+
+def _multiplies_pairs(how: str, pool: np.ndarray) -> bool:
+    return how == "x86_64_v4_bf16" and pool.dtype == ml_dtypes.bfloat16 and pool.shape[-1] % 32 == 0
+
+
+def to_pages(how: str, pool: np.ndarray) -> np.ndarray:
+    """A pool [pages, planes, Hkv, 64, d] as the kernels keep it inside a page (plugins/paged_attention/tile.h)."""
+    if how == "function":
+        return pool
+    pairs, paged = 2 if _multiplies_pairs(how, pool) else 1, pool.copy()
+    for plane in range(pool.shape[1]):
+        rows = pool[:, plane]
+        *lead, tokens, dim = rows.shape
+        if plane == 1:
+            split = rows.reshape(*lead, tokens // pairs, pairs, dim).swapaxes(-1, -2)
+        else:
+            split = rows.reshape(*lead, tokens, dim // pairs, pairs).swapaxes(-2, -3)
+        paged[:, plane] = split.reshape(rows.shape)
+    return paged
+
+
+def from_pages(how: str, pool: np.ndarray) -> np.ndarray:
+    """The inverse of `to_pages`."""
+    if how == "function":
+        return pool
+    pairs, plain = 2 if _multiplies_pairs(how, pool) else 1, pool.copy()
+    for plane in range(pool.shape[1]):
+        *lead, tokens, dim = pool[:, plane].shape
+        if plane == 1:
+            joined = pool[:, plane].reshape(*lead, tokens // pairs, dim, pairs).swapaxes(-1, -2)
+        else:
+            joined = pool[:, plane].reshape(*lead, dim // pairs, tokens, pairs).swapaxes(-2, -3)
+        plain[:, plane] = joined.reshape(pool[:, plane].shape)
+    return plain
 
 
 @functools.cache

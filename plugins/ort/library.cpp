@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "plugins/group_offsets/cpu.h"
+#include "plugins/infllmv2/cpu.h"
 #include "plugins/ort/ort_abi.h"
 #include "plugins/paged_attention/cpu.h"
 #include "plugins/rms_norm/cpu.h"
@@ -79,54 +80,117 @@ struct AddGroupOffsets {
   }
 };
 
+// Attributes and inputs that dense and sparse attention share.
+struct AttentionShape {
+  int64_t heads, kv_heads, dim;
+  float scale;
+
+  explicit AttentionShape(const void* info)
+      : heads(ort::int_attribute(info, "num_heads")),
+        kv_heads(ort::int_attribute(info, "num_kv_heads")),
+        dim(ort::int_attribute(info, "head_dim")),
+        scale(ort::float_attribute(info, "scale")) {}
+
+  // `positions`: the input of that name; query_start and page_table follow it. Makes output 0.
+  edge::AttentionStep step(void* context, size_t positions, int64_t planes) const {
+    const auto qkv = ort::input(context, 0), query_start = ort::input(context, positions + 1);
+    const auto table = ort::input(context, positions + 2);
+    edge::AttentionStep s{};
+    s.qkv = qkv.as<float>();
+    s.cos = ort::input(context, 1).as<float>();
+    s.sin = ort::input(context, 2).as<float>();
+    s.positions = ort::input(context, positions).as<int32_t>();
+    s.query_start = query_start.as<int32_t>();
+    s.page_table = table.as<int32_t>();
+    s.sequences = query_start.rows() - 1;
+    s.table_width = table.columns();
+    s.heads = heads, s.kv_heads = kv_heads, s.dim = dim;
+    s.scale = scale;
+    s.planes = planes;
+    s.out = static_cast<float*>(ort::output(context, 0, {qkv.rows(), heads * dim}));
+    return s;
+  }
+};
+
+// The executor binds one buffer as a pool's input and output; only a caller who did not pays for a copy.
+void* pool_output(void* context, size_t index, const ort::Tensor& pool) {
+  void* out = ort::output(context, index, pool.shape);
+  if (out != pool.data) {
+    size_t bytes = pool.type == ort::kFloat ? 4 : 2;
+    for (const int64_t n : pool.shape) bytes *= n;
+    memcpy(out, pool.data, bytes);
+  }
+  return out;
+}
+
+// Calls run(pool type, element type): products of bfloat16 pairs where the processor has them.
+template <class Run>
+void with_pool_type(ort::ElementType type, int64_t dim, Run run) {
+  if (type == ort::kFloat) return run(float{}, float{});
+  if (type == ort::kFloat16) return run(edge::half{}, float{});
+  if constexpr (edge::kMultipliesPairs)
+    if (dim % (2 * edge::kWidth) == 0) return run(edge::bfloat16{}, edge::Pair{});
+  run(edge::bfloat16{}, float{});
+}
+
 struct PagedAttention {
   static constexpr const char* name = "PagedAttention";
   static constexpr size_t inputs = 7, outputs = 2;
   enum Input { kQkv, kCos, kSin, kPool, kPositions, kQueryStart, kPageTable };
 
   static ort::ElementType input_type(size_t i) {
-    if (i == kPool) return ort::kUndefined;  // float or float16
+    if (i == kPool) return ort::kUndefined;  // float, float16 or bfloat16
     return i > kPool ? ort::kInt32 : ort::kFloat;
   }
   static ort::ElementType output_type(size_t i) { return i == 0 ? ort::kFloat : ort::kUndefined; }
 
-  int64_t heads, kv_heads, dim;
-  float scale;
+  AttentionShape shape;
 
-  explicit PagedAttention(const void* info)
-      : heads(ort::int_attribute(info, "num_heads")),
-        kv_heads(ort::int_attribute(info, "num_kv_heads")),
-        dim(ort::int_attribute(info, "head_dim")),
-        scale(ort::float_attribute(info, "scale")) {}
+  explicit PagedAttention(const void* info) : shape(info) {}
 
   void compute(void* context) {
-    const auto qkv = ort::input(context, kQkv), pool = ort::input(context, kPool);
-    const auto query_start = ort::input(context, kQueryStart), table = ort::input(context, kPageTable);
-    edge::AttentionStep step{};
-    step.qkv = qkv.as<float>();
-    step.cos = ort::input(context, kCos).as<float>();
-    step.sin = ort::input(context, kSin).as<float>();
-    step.positions = ort::input(context, kPositions).as<int32_t>();
-    step.query_start = query_start.as<int32_t>();
-    step.page_table = table.as<int32_t>();
-    step.sequences = query_start.rows() - 1;
-    step.table_width = table.columns();
-    step.heads = heads, step.kv_heads = kv_heads, step.dim = dim;
-    step.scale = scale;
-    step.out = static_cast<float*>(ort::output(context, 0, {qkv.rows(), heads * dim}));
+    const auto pool = ort::input(context, kPool);
+    const auto step = shape.step(context, kPositions, pool.shape[1]);
+    void* pool_out = pool_output(context, 1, pool);
+    with_pool_type(pool.type, shape.dim, [&](auto type, auto element) {
+      using T = decltype(type);
+      edge::paged_attention<T, decltype(element)>(step, static_cast<T*>(pool_out), ort::parallel(context));
+    });
+  }
+};
 
-    // The executor binds one buffer as kv_pool and kv_pool_out; only a caller who did not pays for a copy.
-    void* pool_out = ort::output(context, 1, pool.shape);
-    const bool is_half = pool.type == ort::kFloat16;
-    if (pool_out != pool.data) {
-      size_t bytes = is_half ? 2 : 4;
-      for (const int64_t n : pool.shape) bytes *= n;
-      memcpy(pool_out, pool.data, bytes);
-    }
-    if (is_half)
-      edge::paged_attention(step, static_cast<edge::half*>(pool_out), ort::parallel(context));
-    else
-      edge::paged_attention(step, static_cast<float*>(pool_out), ort::parallel(context));
+// ONNX Runtime infers an output's type from one input at most, so each pool type is an operator of its own.
+template <ort::ElementType Pool>
+struct InfLlmV2Attention {
+  static constexpr const char* name = "InfLLMv2Attention";
+  static constexpr size_t inputs = 11, outputs = 4;
+  enum Input { kQkv, kCos, kSin, kPool, kC1, kC2, kPositions, kQueryStart, kPageTable, kSwitchLength, kSettings };
+
+  static ort::ElementType input_type(size_t i) {
+    if (i >= kPool && i <= kC2) return Pool;
+    return i > kC2 ? ort::kInt32 : ort::kFloat;
+  }
+  static ort::ElementType output_type(size_t i) { return i == 0 ? ort::kFloat : Pool; }
+
+  AttentionShape shape;
+  bool use_nope;
+
+  explicit InfLlmV2Attention(const void* info) : shape(info), use_nope(ort::int_attribute(info, "use_nope") != 0) {}
+
+  void compute(void* context) {
+    const auto pool = ort::input(context, kPool), c1 = ort::input(context, kC1), c2 = ort::input(context, kC2);
+    const auto step = shape.step(context, kPositions, pool.shape[1]);
+    const auto* switch_length = ort::input(context, kSwitchLength).template as<int32_t>();
+    const auto* given = ort::input(context, kSettings).template as<int32_t>();
+    const edge::SparseSettings settings{given[0], given[1], given[2], given[3], use_nope};
+    void *pool_out = pool_output(context, 1, pool), *c1_out = pool_output(context, 2, c1);
+    void* c2_out = pool_output(context, 3, c2);
+    with_pool_type(Pool, shape.dim, [&](auto type, auto element) {
+      using T = decltype(type);
+      edge::infllmv2_attention<T, decltype(element)>(step, static_cast<T*>(pool_out), static_cast<T*>(c1_out),
+                                                     static_cast<T*>(c2_out), switch_length, settings,
+                                                     ort::parallel(context));
+    });
   }
 };
 
@@ -137,11 +201,19 @@ extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* 
   if (ort::api == nullptr) return nullptr;  // older than 1.17, which pyproject.toml rules out: the functions run
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
                                 ort::make_custom_op<SwiGlu>(), ort::make_custom_op<AddGroupOffsets>(),
-                                ort::make_custom_op<PagedAttention>()};
+                                ort::make_custom_op<PagedAttention>(),
+                                ort::make_custom_op<InfLlmV2Attention<ort::kFloat>>(),
+                                ort::make_custom_op<InfLlmV2Attention<ort::kFloat16>>(),
+                                ort::make_custom_op<InfLlmV2Attention<ort::kBFloat16>>()};
   void* domain = nullptr;
   if (auto* status = ort::call(ort::kCreateCustomOpDomain, "edge", &domain)) return status;
   for (auto& op : ops)
     if (auto* status = ort::call(ort::kCustomOpDomainAdd, domain, static_cast<const ort::CustomOp*>(&op)))
       return status;
   return ort::call(ort::kAddCustomOpDomain, options, domain);
+}
+
+// Bytes of KV pools that attention has read since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t edge_take_pool_bytes_read() {
+  return edge::pool_bytes_read.exchange(0);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnxruntime as ort
 # Best first. The flags are those of /proc/cpuinfo; an entry is used if the processor has them all.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
+        "x86_64_v4_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16"),
         "x86_64_v4": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"),
         "x86_64_v3": ("avx2", "fma", "f16c", "bmi2"),
     },
@@ -46,3 +48,16 @@ def register(options: ort.SessionOptions) -> Path | None:
     if path is not None:
         options.register_custom_ops_library(str(path))
     return path
+
+
+def take_pool_bytes_read() -> int | None:
+    """Bytes of KV and compressed-key pools that attention has read, in this process, since the last call.
+
+    None if there are no kernels. Loading the library again gives the copy that ONNX Runtime uses.
+    """
+    path = find_library()
+    if path is None:
+        return None
+    take = ctypes.CDLL(str(path)).edge_take_pool_bytes_read
+    take.argtypes, take.restype = (), ctypes.c_uint64
+    return int(take())

@@ -24,6 +24,32 @@ typedef float vf __attribute__((vector_size(kWidth * 4)));
 typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t half;  // IEEE binary16 as stored in the KV pool
 
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// Two bfloat16 values, the first in the low half: what one lane of a bfloat16 product takes.
+struct Pair {
+  bfloat16 first, second;
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+
+template <class E>
+struct VectorOf {
+  typedef vf type;
+};
+template <>
+struct VectorOf<Pair> {
+  typedef vi type;
+};
+template <class E>
+using Vector = typename VectorOf<E>::type;
+
 inline vf load(const float* p) {
   vf v;
   memcpy(&v, p, sizeof v);
@@ -33,6 +59,25 @@ inline vf load(const float* p) {
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 inline vf splat(float x) { return vf{} + x; }
+
+inline vi load(const Pair* p) {
+  vi v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline vi splat(Pair x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return vi{} + bits;
+}
+
+inline vf multiply_add(vf a, vf b, vf sum) { return sum + a * b; }
+
+#if defined(__AVX512BF16__)
+// sum += a.first * b.first + a.second * b.second, in every lane.
+inline vf multiply_add(vi a, vi b, vf sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
 
 inline vf load(const half* p) {
 #if defined(__AVX512F__)
@@ -54,6 +99,27 @@ inline void store(half* p, vf v) {
 #elif defined(__ARM_NEON)
   vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #endif
+}
+
+typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
+typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
+
+inline vf load(const bfloat16* p) {
+  vh v;
+  memcpy(&v, p, sizeof v);
+  return (vf)(__builtin_convertvector(v, vu) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(bfloat16* p, vf v) {
+#if defined(__AVX512BF16__)
+  const auto rounded = _mm512_cvtneps_pbh(v);
+#else
+  const vu bits = (vu)v;
+  const vu nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vh rounded = __builtin_convertvector(v == v ? nearest : vu{} + 0x7fc0u, vh);
+#endif
+  memcpy(p, &rounded, sizeof rounded);
 }
 
 // The first `count` < kWidth values, zeros behind them.
@@ -82,20 +148,27 @@ inline float max(vf v) {
 // exp(x) for x <= 88: 2^n * p(r) with |r| <= ln2/2, relative error below 3e-7; 0 below -87.
 inline vf exp(vf x) {
   const vf clamped = max(x, splat(-87.3f));
+#if defined(__AVX512F__)
+  const vf n = _mm512_maskz_roundscale_ps(0xffff, clamped * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vf biased = clamped * 1.44269504f + shifter;
   const vf n = biased - shifter;
+#endif
   const vf r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
-  vf p = splat(1.98756912e-4f);
-  p = p * r + 1.39819994e-3f;
-  p = p * r + 8.33345205e-3f;
-  p = p * r + 4.16657962e-2f;
-  p = p * r + 1.66666657e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
+  vf p = splat(8.31249911e-3f);  // minimax: 1.05e-7
+  p = p * r + 4.18903317e-2f;
+  p = p * r + 1.66671154e-1f;
+  p = p * r + 4.99992303e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-87.3f), _CMP_GE_OQ), p, n);
+#else
   const vi exponent = (vi)biased << 23;  // the low bits of `biased` hold n
   const vf y = (vf)((vi)p + exponent);
   return x < splat(-87.3f) ? vf{} : y;
+#endif
 }
 
 // Transposes a kWidth x kWidth tile held in rows: stage s exchanges blocks of size s (s = 1, 2, 4, ...).

@@ -1,22 +1,22 @@
-// CPU kernel of edge.PagedAttention (meaning: plugins/paged_attention/meaning.py).
+// CPU kernel of edge.PagedAttention (meaning: plugins/paged_attention/meaning.py), and what all attention shares.
 //
-// One task is one sequence, one KV head and a tile of its query tokens: the G query heads of up to
-// kTileRows / G tokens are rows of one matrix, so each page of keys and values is converted once and used by
-// all of them. Softmax runs online over pages; nothing grows with the context.
+// One task is one sequence, one KV head, a tile of its query tokens and a part of the blocks they see. The G query
+// heads of a token are rows of the tile; each block of keys and values is converted once for all of them. Softmax
+// runs online over blocks: nothing grows with the context but a list of block numbers.
 #pragma once
-#include <algorithm>
 #include <atomic>
-#include <limits>
 #include <vector>
 
-#include "plugins/ort/multiply.h"
 #include "plugins/ort/parallel.h"
-#include "plugins/ort/simd.h"
+#include "plugins/paged_attention/tile.h"
 
 namespace edge {
 
-constexpr int kPage = 64;      // tokens a page
-constexpr int kTileRows = 96;  // query rows (tokens x heads of one group) that share a page's conversion
+constexpr int64_t kTileRows = 512;    // query rows (tokens x heads of one group) that share a block's conversion
+constexpr int64_t kPartBlocks = 16;   // a single token's blocks are split into parts of this many, for more threads
+
+// Bytes of KV pools that attention has read since the process started, for benchmarks.
+inline std::atomic<uint64_t> pool_bytes_read{0};
 
 struct AttentionStep {
   const float* qkv;  // [tokens, (heads + 2 kv_heads) * dim]
@@ -29,16 +29,20 @@ struct AttentionStep {
   int64_t heads, kv_heads, dim;
   float scale;
   float* out;  // [tokens, heads * dim]
+  int64_t planes = 2;  // of the pool: rotated keys, values, and perhaps the keys before rotation
 
+  int64_t tokens() const { return query_start[sequences]; }
   int64_t group() const { return heads / kv_heads; }
   int64_t row_stride() const { return (heads + 2 * kv_heads) * dim; }
   int64_t tile_tokens() const { return std::max<int64_t>(1, kTileRows / group()); }
+  int64_t page(int64_t sequence, int64_t block) const { return page_table[sequence * table_width + block]; }
+  const float* query(int64_t token, int64_t head) const { return qkv + token * row_stride() + head * dim; }
 };
 
-// One (page, K or V, head) slice of the pool [pages, 2, kv_heads, 64, dim].
+// One (page, plane, head) slice [64, dim] of the pool [pages, planes, kv_heads, 64, dim].
 template <class T>
-inline T* page_slice(T* pool, const AttentionStep& s, int64_t page, int64_t kv, int64_t head) {
-  return pool + ((page * 2 + kv) * s.kv_heads + head) * kPage * s.dim;
+inline T* page_slice(T* pool, const AttentionStep& s, int64_t page, int64_t plane, int64_t head) {
+  return pool + ((page * s.planes + plane) * s.kv_heads + head) * kPage * s.dim;
 }
 
 // Half-rotation RoPE of one head (spec: infllmv2.md 2), times `scale`.
@@ -51,135 +55,172 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
   }
 }
 
-// Copies `count` values (a multiple of 16), converting between float32 and the pool's type.
-template <class To, class From>
-inline void convert(To* to, const From* from, int64_t count) {
-  for (int64_t c = 0; c < count; c += kWidth) store(to + c, load(from + c));
+// The query heads of one group for tokens [first, last), scaled and as elements -> q [tokens * G, dim].
+template <class E>
+inline void load_queries(const AttentionStep& s, int64_t head, int64_t first, int64_t last, E* q, bool rotated) {
+  float row[kMaxHeadDim];
+  for (int64_t t = first; t < last; ++t)
+    for (int64_t g = 0; g < s.group(); ++g, q += s.dim / kPerElement<E>) {
+      const float* query = s.query(t, head * s.group() + g);
+      if (rotated)
+        rotate(query, s.cos + t * s.dim / 2, s.sin + t * s.dim / 2, row, s.dim, s.scale);
+      else
+        for (int64_t c = 0; c < s.dim; ++c) row[c] = query[c] * s.scale;
+      to_elements(row, q, s.dim);
+    }
 }
 
 // Rotates the step's keys and writes keys and values to their pages.
-template <class T>
+template <class T, class E>
 void append(const AttentionStep& s, T* pool, Parallel parallel) {
   parallel(s.sequences, [&](size_t b) {
-    float rotated[1024];
+    float rotated[kMaxHeadDim];
     for (int64_t t = s.query_start[b]; t < s.query_start[b + 1]; ++t) {
       const int64_t position = s.positions[t];
-      const int64_t page = s.page_table[b * s.table_width + position / kPage], slot = position % kPage;
+      const int64_t page = s.page(b, position / kPage), slot = position % kPage;
       for (int64_t h = 0; h < s.kv_heads; ++h) {
-        const float* key = s.qkv + t * s.row_stride() + (s.heads + h) * s.dim;
+        const float* key = s.query(t, s.heads + h);
         rotate(key, s.cos + t * s.dim / 2, s.sin + t * s.dim / 2, rotated, s.dim, 1.0f);
-        convert(page_slice(pool, s, page, 0, h) + slot * s.dim, rotated, s.dim);
-        convert(page_slice(pool, s, page, 1, h) + slot * s.dim, key + s.kv_heads * s.dim, s.dim);
+        store_key<E>(page_slice(pool, s, page, 0, h), slot, rotated, s.dim);
+        store_value<E>(page_slice(pool, s, page, 1, h), slot, key + s.kv_heads * s.dim, s.dim);
+        if (s.planes == 3) store_key<E>(page_slice(pool, s, page, 2, h), slot, key, s.dim);
       }
     }
   });
 }
 
-// keys [64, dim] in the pool's type -> float32 [dim, 64].
-template <class T>
-inline void transpose_keys(const T* keys, float* out, int64_t dim) {
-  for (int64_t t = 0; t < kPage; t += kWidth) {
-    for (int64_t c = 0; c < dim; c += kWidth) {
-      vf rows[kWidth];
-      for (int i = 0; i < kWidth; ++i) rows[i] = load(keys + (t + i) * dim + c);
-      transpose(rows);
-      for (int i = 0; i < kWidth; ++i) store(out + (c + i) * kPage + t, rows[i]);
-    }
-  }
-}
-
-// Buffers of one thread; they keep their size from call to call.
-struct TileBuffers {
-  std::vector<float> q, scores, out, keys, values, row_max, row_sum;
-
-  void fit(int64_t rows, int64_t dim) {
-    q.resize(rows * dim);
-    out.resize(rows * dim);
-    scores.resize(rows * kPage);
-    keys.resize(dim * kPage);
-    values.resize(dim * kPage);
-    row_max.resize(rows);
-    row_sum.resize(rows);
-  }
+// Query tokens [first, last) of a sequence and one KV head.
+struct TokenTile {
+  int64_t sequence, head, first, last;
 };
 
-// Online softmax of one row over one page: scores become weights, `out` and `row_sum` move to the new maximum.
-inline void softmax_row(float* scores, float* out, int64_t dim, float& row_max, float& row_sum) {
-  vf top = load(scores);
-  for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
-  const float new_max = std::max(row_max, max(top));
-  if (new_max > row_max) {
-    const float correction = exp(splat(row_max - new_max))[0];
-    row_sum *= correction;
-    for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(out + c) * correction);
-    row_max = new_max;
-  }
-  vf total{};
-  for (int t = 0; t < kPage; t += kWidth) {
-    const vf weight = exp(load(scores + t) - row_max);
-    store(scores + t, weight);
-    total += weight;
-  }
-  row_sum += sum(total);
-}
-
-// One tile: tokens [first, last) of sequence b, KV head h.
-template <class T>
-void attend_tile(const AttentionStep& s, const T* pool, int64_t b, int64_t h, int64_t first, int64_t last,
-                 TileBuffers& buffer) {
-  const int64_t group = s.group(), dim = s.dim, rows = (last - first) * group;
-  buffer.fit(rows, dim);
-  int32_t highest = 0;
-  for (int64_t t = first; t < last; ++t) {
-    highest = std::max(highest, s.positions[t]);
-    for (int64_t g = 0; g < group; ++g)
-      rotate(s.qkv + t * s.row_stride() + (h * group + g) * dim, s.cos + t * dim / 2, s.sin + t * dim / 2,
-             &buffer.q[((t - first) * group + g) * dim], dim, s.scale);
-  }
-  std::fill_n(buffer.out.begin(), rows * dim, 0.0f);
-  std::fill_n(buffer.row_max.begin(), rows, std::numeric_limits<float>::lowest());
-  std::fill_n(buffer.row_sum.begin(), rows, 0.0f);
-
-  for (int64_t block = 0; block <= highest / kPage; ++block) {
-    const int64_t page = s.page_table[b * s.table_width + block];
-    transpose_keys(page_slice(pool, s, page, 0, h), buffer.keys.data(), dim);
-    // Slots past the tile's last token may never have been written: 0 * NaN would spoil the sum.
-    const int64_t written = std::min<int64_t>(kPage, highest + 1 - block * kPage);
-    convert(buffer.values.data(), page_slice(pool, s, page, 1, h), written * dim);
-    std::fill_n(buffer.scores.begin(), rows * kPage, 0.0f);
-    multiply(buffer.q.data(), dim, buffer.keys.data(), kPage, buffer.scores.data(), kPage, rows, kPage, dim);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* scores = &buffer.scores[r * kPage];
-      const int64_t visible = s.positions[first + r / group] - block * kPage + 1;
-      if (visible < kPage)
-        std::fill(scores + std::max<int64_t>(visible, 0), scores + kPage, -std::numeric_limits<float>::infinity());
-      softmax_row(scores, &buffer.out[r * dim], dim, buffer.row_max[r], buffer.row_sum[r]);
-    }
-    multiply(buffer.scores.data(), kPage, buffer.values.data(), dim, buffer.out.data(), dim, rows, dim, written);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = s.out + (first + r / group) * s.heads * dim + (h * group + r % group) * dim;
-    const float inverse = 1.0f / buffer.row_sum[r];
-    for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(&buffer.out[r * dim + c]) * inverse);
-  }
-}
-
-template <class T>
-void paged_attention(const AttentionStep& s, T* pool, Parallel parallel) {
-  append(s, pool, parallel);
-  struct Tile {
-    int64_t sequence, head, first, last;
-  };
-  std::vector<Tile> tiles;
+// All tiles of a step. Late tiles see the longest context: started first, they leave the short ones to even out
+// the threads.
+inline std::vector<TokenTile> token_tiles(const AttentionStep& s) {
+  std::vector<TokenTile> tiles;
   for (int64_t b = 0; b < s.sequences; ++b)
     for (int64_t last = s.query_start[b + 1]; last > s.query_start[b]; last -= s.tile_tokens())
       for (int64_t h = 0; h < s.kv_heads; ++h)
         tiles.push_back({b, h, std::max<int64_t>(s.query_start[b], last - s.tile_tokens()), last});
-  // Late tiles see the longest context: started first, they leave the short ones to even out the threads.
-  parallel(tiles.size(), [&](size_t i) {
-    static thread_local TileBuffers buffer;
-    attend_tile(s, pool, tiles[i].sequence, tiles[i].head, tiles[i].first, tiles[i].last, buffer);
+  return tiles;
+}
+
+// Which blocks a tile's tokens attend to: `blocks` in any order, and of them token t those with
+// selected(t, block); blocks past the token itself are left out by the kernel.
+template <class Selected>
+struct BlockChoice {
+  std::vector<int32_t> blocks;
+  Selected selected;
+};
+
+// One tile over blocks [begin, end) of its choice; leaves sums of weights x values in `buffer`, not yet divided.
+template <class T, class E, class Selected>
+void attend_blocks(const AttentionStep& s, const T* pool, const TokenTile& tile, const BlockChoice<Selected>& choice,
+                   int64_t begin, int64_t end, Tile<E>& buffer) {
+  const int64_t group = s.group(), dim = s.dim;
+  buffer.start((tile.last - tile.first) * group, dim);
+  load_queries(s, tile.head, tile.first, tile.last, buffer.q.data(), true);
+  const int64_t highest = s.positions[tile.last - 1];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t block = choice.blocks[i], start = block * kPage;
+    const auto attends = [&](int64_t t) { return s.positions[t] >= start && choice.selected(t, block); };
+    const int64_t written = std::min<int64_t>(kPage, highest + 1 - start);
+    const auto visible = [&](int64_t row) { return s.positions[tile.first + row / group] - start + 1; };
+    LoadedBlock<E> loaded{};
+    for (int64_t t = tile.first, run = t; t < tile.last; t = run) {
+      const bool wanted = attends(t);
+      for (run = t + 1; run < tile.last && attends(run) == wanted;) ++run;
+      if (!wanted) continue;
+      if (loaded.written == 0) {
+        const int64_t page = s.page(tile.sequence, block);
+        const int64_t next = s.page(tile.sequence, choice.blocks[std::min(i + 1, end - 1)]);
+        loaded = {load_keys(page_slice(pool, s, page, 0, tile.head), buffer.keys.data(), dim),
+                  load_values(page_slice(pool, s, page, 1, tile.head), buffer.values.data(), dim, written), written,
+                  Prefetch::of(page_slice(pool, s, next, 0, tile.head), kPage * dim),
+                  Prefetch::of(page_slice(pool, s, next, 1, tile.head), kPage * dim)};
+        pool_bytes_read.fetch_add(2 * written * dim * sizeof(T), std::memory_order_relaxed);
+      }
+      attend_rows(buffer, (t - tile.first) * group, (run - tile.first) * group, dim, loaded, visible);
+    }
+  }
+}
+
+// Divides by the sum of weights and writes the tile's rows to the output.
+inline void write_rows(const AttentionStep& s, const TokenTile& tile, const float* rows, const float* row_sum) {
+  const int64_t group = s.group(), dim = s.dim;
+  for (int64_t r = 0; r < (tile.last - tile.first) * group; ++r) {
+    float* out = s.out + (tile.first + r / group) * s.heads * dim + (tile.head * group + r % group) * dim;
+    const float inverse = 1.0f / row_sum[r];
+    for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(rows + r * dim + c) * inverse);
+  }
+}
+
+// What several threads found for one tile, each over a part of its blocks.
+struct Partial {
+  std::vector<float> out, row_max, row_sum;
+};
+
+// Brings the parts to their common maximum and adds them up in the first.
+inline void merge(Partial* parts, int64_t count, int64_t rows, int64_t dim) {
+  Partial& total = parts[0];
+  for (int64_t p = 1; p < count; ++p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float top = std::max(total.row_max[r], parts[p].row_max[r]);
+      const float ours = exp(splat(total.row_max[r] - top))[0], theirs = exp(splat(parts[p].row_max[r] - top))[0];
+      total.row_max[r] = top;
+      total.row_sum[r] = total.row_sum[r] * ours + parts[p].row_sum[r] * theirs;
+      float *sum = &total.out[r * dim], *part = &parts[p].out[r * dim];
+      for (int64_t c = 0; c < dim; c += kWidth) store(sum + c, load(sum + c) * ours + load(part + c) * theirs);
+    }
+  }
+}
+
+// Attention of every tile over the blocks that choose(i) gives for tile i.
+template <class T, class E, class Choices>
+void attend(const AttentionStep& s, const T* pool, const std::vector<TokenTile>& tiles, const Choices& choices,
+            Parallel parallel) {
+  struct Task {
+    size_t tile;
+    int64_t begin, end;
+    Partial* part;  // null: the only part of its tile
+  };
+  std::vector<Task> tasks;
+  std::vector<std::vector<Partial>> partials(tiles.size());
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const int64_t blocks = choices[i].blocks.size();
+    const int64_t parts = tiles[i].last - tiles[i].first > 1 ? 1 : (blocks + kPartBlocks - 1) / kPartBlocks;
+    if (parts > 1) partials[i].resize(parts);
+    for (int64_t p = 0; p < parts; ++p)
+      tasks.push_back({i, blocks * p / parts, blocks * (p + 1) / parts, parts > 1 ? &partials[i][p] : nullptr});
+  }
+  parallel(tasks.size(), [&](size_t i) {
+    static thread_local Tile<E> buffer;
+    const Task& task = tasks[i];
+    attend_blocks(s, pool, tiles[task.tile], choices[task.tile], task.begin, task.end, buffer);
+    if (task.part == nullptr)
+      write_rows(s, tiles[task.tile], buffer.out.data(), buffer.row_sum.data());
+    else
+      *task.part = {buffer.out, buffer.row_max, buffer.row_sum};
   });
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    if (partials[i].empty()) continue;
+    merge(partials[i].data(), partials[i].size(), s.group(), s.dim);
+    write_rows(s, tiles[i], partials[i][0].out.data(), partials[i][0].row_sum.data());
+  }
+}
+
+template <class T, class E>
+void paged_attention(const AttentionStep& s, T* pool, Parallel parallel) {
+  append<T, E>(s, pool, parallel);
+  const auto every = [](int64_t, int64_t) { return true; };
+  const auto tiles = token_tiles(s);
+  std::vector<BlockChoice<decltype(every)>> choices;
+  for (const auto& tile : tiles) {
+    choices.push_back({{}, every});
+    const int64_t blocks = s.positions[tile.last - 1] / kPage + 1;
+    for (int64_t block = 0; block < blocks; ++block) choices.back().blocks.push_back(block);
+  }
+  attend<T, E>(s, pool, tiles, choices, parallel);
 }
 
 }  // namespace edge

@@ -1,0 +1,28 @@
+"""`edge.InfLLMv2Attention`: InfLLM-V2's trainable block-sparse attention over a ragged batch (spec: infllmv2.md 3, 8).
+
+Inputs, for T new tokens of B sequences, in the order of the operator:
+
+| input | shape | |
+|---|---|---|
+| qkv | [T, (Hq + 2 Hkv) d] | before rotation |
+| cos, sin | [T, d/2] float32 | |
+| kv_pool | [pages, planes, Hkv, 64, d] | rotated keys, values; with use_nope also the keys before rotation |
+| c1_pool | [pages, Hkv, 4, d] | keys averaged over 32 tokens, every 16; same type as kv_pool |
+| c2_pool | [pages, Hkv, 1, d] | keys averaged over 128 tokens, every 64 |
+| positions | [T] int32 | consecutive in each sequence; what the cache held from there on is overwritten |
+| query_start | [B + 1] int32 | |
+| page_table | [B, P] int32 | |
+| switch_length | [B] int32 | the length that decides dense or sparse: the whole prompt's, then the context's |
+| sparse_settings | [4] int32 | dense_len (negative: always sparse), init, local and selected blocks |
+
+Outputs: output [T, Hq d], and the three pools after the step (executors bind the same memory).
+
+A window's average is stored with the window's *last* token: window j of stride 16 (tokens 16j .. 16j+31) is slot
+(j + 1) % 4 of the sequence's page (j + 1) // 4, window j of stride 64 (tokens 64j .. 64j+127) is on page j + 1. So a
+page's compressed keys depend on that page and earlier ones only: truncating, sharing or evicting pages needs no
+repair, and block b pools the five slots from its page's first to the next page's first. A step rewrites the windows
+whose last token it appends.
+"""
+
+WINDOW = 32  # tokens averaged into one fine key (kernel_size); a coarse key averages four times as many
+STRIDE = 16  # tokens between fine windows (kernel_stride); coarse ones are four times as far apart

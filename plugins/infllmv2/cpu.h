@@ -1,0 +1,47 @@
+// CPU kernel of edge.InfLLMv2Attention (contract: plugins/infllmv2/__init__.py, meaning: meaning.py beside it).
+#pragma once
+#include "plugins/infllmv2/select.h"
+
+namespace edge {
+
+// Blocks that any token of the tile selected.
+inline std::vector<int32_t> selected_by_any(const BlockMask& mask, const TokenTile& tile) {
+  std::vector<uint64_t> any(mask.words);
+  for (int64_t t = tile.first; t < tile.last; ++t)
+    for (int64_t w = 0; w < mask.words; ++w) any[w] |= mask.row(t, tile.head)[w];
+  std::vector<int32_t> blocks;
+  for (int64_t w = 0; w < mask.words; ++w)
+    for (uint64_t bits = any[w]; bits != 0; bits &= bits - 1) blocks.push_back(w * 64 + __builtin_ctzll(bits));
+  return blocks;
+}
+
+template <class T, class E>
+void infllmv2_attention(const AttentionStep& s, T* pool, T* fine, T* coarse, const int32_t* switch_length,
+                        const SparseSettings& settings, Parallel parallel) {
+  append<T, E>(s, pool, parallel);
+  compress<T, E>(s, pool, fine, coarse, settings.use_nope ? 2 : 0, parallel);
+  const auto tiles = token_tiles(s);
+  BlockMask mask(s.tokens(), s.kv_heads, s.table_width);
+  parallel(tiles.size(), [&](size_t i) {
+    static thread_local SelectionBuffers<T, E> buffer;
+    const TokenTile& tile = tiles[i];
+    if (settings.dense_len < 0 || switch_length[tile.sequence] >= settings.dense_len)
+      select_tile(s, fine, coarse, settings, tile, mask, buffer);
+    else
+      for (int64_t t = tile.first; t < tile.last; ++t)
+        set_range(mask.row(t, tile.head), 0, s.positions[t] / kPage + 1);
+  });
+
+  struct InMask {
+    const BlockMask* mask;
+    int64_t head;
+    bool operator()(int64_t token, int64_t block) const {
+      return mask->row(token, head)[block / 64] >> (block % 64) & 1;
+    }
+  };
+  std::vector<BlockChoice<InMask>> choices;
+  for (const auto& tile : tiles) choices.push_back({selected_by_any(mask, tile), InMask{&mask, tile.head}});
+  attend<T, E>(s, pool, tiles, choices, parallel);
+}
+
+}  // namespace edge

@@ -1,0 +1,203 @@
+// Chooses the blocks that each token attends to (spec: infllmv2.md 3.4 - 3.7, 8).
+//
+// The coarse windows give every query head its softmax maximum and sum, the fine ones its probabilities; they are
+// added up over the group, pooled to blocks, and the best blocks win. Windows are read 64 at a time and only the
+// blocks' scores are kept: 4 bytes a block and token of one tile.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "plugins/infllmv2/compress.h"
+
+namespace edge {
+
+constexpr float kMaxExponent = 80.0f;  // keeps the scores finite however far a fine window exceeds the coarse ones
+
+struct SparseSettings {
+  int64_t dense_len, init_blocks, local_blocks, selected_blocks;
+  bool use_nope;
+};
+
+// One bit a block, a row of words for every token and KV head.
+struct BlockMask {
+  int64_t words, kv_heads;
+  std::vector<uint64_t> bits;
+
+  BlockMask(int64_t tokens, int64_t heads, int64_t blocks)
+      : words((blocks + 63) / 64), kv_heads(heads), bits(tokens * heads * words) {}
+  uint64_t* row(int64_t token, int64_t head) { return &bits[(token * kv_heads + head) * words]; }
+  const uint64_t* row(int64_t token, int64_t head) const { return &bits[(token * kv_heads + head) * words]; }
+};
+
+inline void set_range(uint64_t* row, int64_t first, int64_t last) {
+  for (int64_t b = first; b < last; ++b) row[b / 64] |= uint64_t{1} << (b % 64);
+}
+
+template <class T, class E>
+struct SelectionBuffers {
+  Tile<E> tile;                    // q, keys, scores and softmax state
+  std::vector<T> no_window;         // [dim], zero
+  std::vector<float> block_scores;  // [tokens, blocks]
+};
+
+// Windows [u, u + 64) of one sequence and head; those that do not exist are zero.
+template <class T>
+struct WindowRows {
+  const T* rows[kPage];
+
+  template <class E>
+  WindowRows(const AttentionStep& s, const T* pool, int64_t slots, const TokenTile& tile, int64_t u, int64_t end,
+             const SelectionBuffers<T, E>& buffer) {
+    for (int64_t w = u; w < u + kPage; ++w)
+      rows[w - u] =
+          w == 0 || w >= end ? buffer.no_window.data() : window_slot(pool, s, tile.sequence, tile.head, w, slots);
+  }
+};
+
+// Prefetches 64 rows, one with every call.
+template <class T>
+struct PrefetchRows {
+  const WindowRows<T>& windows;
+  int64_t dim, next = 0;
+
+  void operator()() {
+    if (next == kPage) return;
+    const char* row = reinterpret_cast<const char*>(windows.rows[next++]);
+    for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+};
+
+// Scores windows [0, end) of one sequence and head against the tile's queries, 64 at a time: calls
+// use(u) when buffer.tile.scores [rows, 64] holds those of windows [u, u + 64).
+template <class T, class E, class Use>
+void score_windows(const AttentionStep& s, const T* pool, int64_t slots, const TokenTile& tile, int64_t end,
+                   SelectionBuffers<T, E>& buffer, Use use) {
+  constexpr int64_t per = kPerElement<E>;
+  const int64_t rows = (tile.last - tile.first) * s.group();
+  buffer.no_window.assign(s.dim, T{});
+  WindowRows<T> windows(s, pool, slots, tile, 0, end, buffer);
+  for (int64_t u = 0; u < end; u += kPage) {
+    transpose_rows([&](int64_t t) { return windows.rows[t]; }, buffer.tile.keys.data(), s.dim);
+    windows = WindowRows<T>(s, pool, slots, tile, u + kPage, end, buffer);
+    std::fill_n(buffer.tile.scores.begin(), rows * kPage, 0.0f);
+    multiply(buffer.tile.q.data(), s.dim / per, buffer.tile.keys.data(), kPage, buffer.tile.scores.data(), kPage, rows,
+             kPage, s.dim / per, PrefetchRows<T>{windows, s.dim});
+    use(u);
+  }
+  pool_bytes_read.fetch_add(end * s.dim * sizeof(T), std::memory_order_relaxed);
+}
+
+// Softmax maximum and sum of every row over the coarse windows that its token has fully passed.
+template <class T, class E>
+void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile, SelectionBuffers<T, E>& buffer) {
+  const int64_t group = s.group(), rows = (tile.last - tile.first) * group;
+  const int64_t end = (s.positions[tile.last - 1] + 1) / kPage;
+  score_windows(s, coarse, kCoarseSlots, tile, end, buffer, [&](int64_t u) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* scores = &buffer.tile.scores[r * kPage];
+      const int64_t visible = (s.positions[tile.first + r / group] + 1) / kPage - u;
+      if (visible <= (u == 0)) continue;
+      if (u == 0) scores[0] = -std::numeric_limits<float>::infinity();
+      if (visible < kPage) std::fill(scores + visible, scores + kPage, -std::numeric_limits<float>::infinity());
+      vf top = load(scores);
+      for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
+      float &row_max = buffer.tile.row_max[r], &row_sum = buffer.tile.row_sum[r];
+      const float new_max = std::max(row_max, max(top));
+      vf total{};
+      for (int t = 0; t < kPage; t += kWidth) total += exp(load(scores + t) - new_max);
+      row_sum = row_sum * exp(splat(row_max - new_max))[0] + sum(total);
+      row_max = new_max;
+    }
+  });
+}
+
+// A token's probabilities of the loaded fine windows, added up over its rows -> total [64].
+template <class E>
+inline void add_up_group(const Tile<E>& tile, int64_t first_row, int64_t group, float* total) {
+  std::fill_n(total, kPage, 0.0f);
+  for (int64_t r = first_row; r < first_row + group; ++r) {
+    const float inverse = 1.0f / tile.row_sum[r];
+    for (int t = 0; t < kPage; t += kWidth) {
+      const vf score = load(&tile.scores[r * kPage + t]) - tile.row_max[r];
+      store(total + t, load(total + t) + exp(min(score, splat(kMaxExponent))) * inverse);
+    }
+  }
+}
+
+// Pools the fine windows [u, u + 64) of one token: a block's score is the best of the windows that end in it and
+// the first that ends in the next block.
+inline void pool_windows(const float* probability, int64_t u, int64_t visible, float* block_scores) {
+  for (int64_t w = std::max<int64_t>(u, 1); w < std::min(u + kPage, visible); ++w) {
+    const float score = probability[w - u] > 0 ? probability[w - u] : 0.0f;  // NaN counts as 0
+    const int64_t block = w / kFineSlots;
+    block_scores[block] = std::max(block_scores[block], score);
+    if (w % kFineSlots == 0) block_scores[block - 1] = std::max(block_scores[block - 1], score);
+  }
+}
+
+// Block scores of the tile's tokens, as far as blocks can be chosen by score: block_scores [tokens, blocks].
+template <class T, class E>
+void fine_pass(const AttentionStep& s, const T* fine, const SparseSettings& settings, const TokenTile& tile,
+               int64_t blocks, SelectionBuffers<T, E>& buffer) {
+  const int64_t group = s.group(), last_block = s.positions[tile.last - 1] / kPage;
+  const int64_t windows = (s.positions[tile.last - 1] + 1) / kStride;
+  const int64_t end = std::min(windows, (last_block - settings.local_blocks) * kFineSlots + 1);
+  buffer.block_scores.assign((tile.last - tile.first) * blocks, 0.0f);
+  score_windows(s, fine, kFineSlots, tile, end, buffer, [&](int64_t u) {
+    for (int64_t t = tile.first; t < tile.last; ++t) {
+      const int64_t next = s.positions[t] + 1;
+      if (next / kPage < 2) continue;  // no coarse window yet: all scores are zero
+      float probability[kPage];
+      add_up_group(buffer.tile, (t - tile.first) * group, group, probability);
+      pool_windows(probability, u, std::min(end, next / kStride), &buffer.block_scores[(t - tile.first) * blocks]);
+    }
+  });
+}
+
+// The best `count` of blocks [first, last) by (score descending, block ascending).
+inline void set_best(const float* scores, int64_t first, int64_t last, int64_t count, uint64_t* row) {
+  static thread_local std::vector<uint64_t> keys;
+  keys.clear();
+  for (int64_t b = first; b < last; ++b) {
+    uint32_t bits;  // of a float that is not negative: ordered as the float is
+    memcpy(&bits, scores + b, sizeof bits);
+    keys.push_back(uint64_t{bits} << 32 | (UINT32_MAX - static_cast<uint32_t>(b)));
+  }
+  if (count < last - first) std::nth_element(keys.begin(), keys.begin() + count, keys.end(), std::greater<>());
+  for (int64_t i = 0; i < std::min(count, last - first); ++i) {
+    const int64_t block = UINT32_MAX - static_cast<uint32_t>(keys[i]);
+    set_range(row, block, block + 1);
+  }
+}
+
+// The blocks of one token: the first ones, the local ones and then the best.
+inline void choose_blocks(const SparseSettings& settings, int64_t own_block, const float* scores, uint64_t* row) {
+  const int64_t init = std::min(settings.init_blocks, own_block + 1);
+  const int64_t local = std::max(init, own_block - settings.local_blocks);
+  const int64_t forced = init + (own_block + 1 - local), wanted = settings.selected_blocks;
+  set_range(row, 0, std::min(init, wanted));
+  set_range(row, local, local + std::min(own_block + 1 - local, std::max<int64_t>(0, wanted - init)));
+  if (wanted > forced) set_best(scores, init, local, wanted - forced, row);
+}
+
+template <class T, class E>
+void select_tile(const AttentionStep& s, const T* fine, const T* coarse, const SparseSettings& settings,
+                 const TokenTile& tile, BlockMask& mask, SelectionBuffers<T, E>& buffer) {
+  const int64_t last_block = s.positions[tile.last - 1] / kPage, blocks = last_block + 1;
+  if (blocks > settings.selected_blocks) {
+    buffer.tile.start((tile.last - tile.first) * s.group(), s.dim);
+    load_queries(s, tile.head, tile.first, tile.last, buffer.tile.q.data(), !settings.use_nope);
+    coarse_pass(s, coarse, tile, buffer);
+    fine_pass(s, fine, settings, tile, blocks, buffer);
+  }
+  for (int64_t t = tile.first; t < tile.last; ++t) {
+    const int64_t own_block = s.positions[t] / kPage;
+    uint64_t* row = mask.row(t, tile.head);
+    if (own_block < settings.selected_blocks)
+      set_range(row, 0, own_block + 1);
+    else
+      choose_blocks(settings, own_block, &buffer.block_scores[(t - tile.first) * blocks], row);
+  }
+}
+
+}  // namespace edge

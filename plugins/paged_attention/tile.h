@@ -1,0 +1,192 @@
+// The inner loop of every attention kernel: a tile of query rows against one block of 64 keys and values.
+//
+// A tile multiplies "elements" E: float, or, for a bfloat16 pool on processors that multiply them, Pair. Products of
+// pairs run at twice the speed and add up in float32, as on a GPU's tensor cores.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "plugins/ort/multiply.h"
+#include "plugins/ort/simd.h"
+
+namespace edge {
+
+constexpr int kPage = 64;  // tokens a page, and a block
+constexpr int64_t kMaxHeadDim = 1024;
+
+template <class E>
+constexpr int kPerElement = std::is_same_v<E, Pair> ? 2 : 1;
+
+// Copies `count` values (a multiple of 16), converting between float32 and another type.
+template <class To, class From>
+inline void convert(To* to, const From* from, int64_t count) {
+  for (int64_t c = 0; c < count; c += kWidth) store(to + c, load(from + c));
+}
+
+inline void to_elements(const float* from, float* to, int64_t count) { std::copy_n(from, count, to); }
+inline void to_elements(const float* from, Pair* to, int64_t count) { convert(&to->first, from, count); }
+
+// What lies inside a page is the kernels' own business: keys [dim, 64] and values [64, dim], each already in the order
+// in which a product reads them. With pairs, neighbours along the summed dimension share an element: keys
+// [dim / 2, 64, 2], values [32, dim, 2].
+template <class E>
+inline int64_t key_at(int64_t c, int64_t slot) {
+  constexpr int64_t per = kPerElement<E>;
+  return (c / per * kPage + slot) * per + c % per;
+}
+
+template <class E, class T>
+inline void store_key(T* keys, int64_t slot, const float* key, int64_t dim) {
+  T row[kMaxHeadDim];
+  convert(row, key, dim);
+  for (int64_t c = 0; c < dim; ++c) keys[key_at<E>(c, slot)] = row[c];
+}
+
+template <class E, class T>
+inline void store_value(T* values, int64_t slot, const float* value, int64_t dim) {
+  constexpr int64_t per = kPerElement<E>;
+  T row[kMaxHeadDim];
+  convert(row, value, dim);
+  T* to = values + slot / per * dim * per + slot % per;
+  for (int64_t c = 0; c < dim; ++c) to[c * per] = row[c];
+  // Slots are written in order: what shares an element with this one comes later and must not be NaN until then.
+  if (per == 2 && slot % 2 == 0)
+    for (int64_t c = 0; c < dim; ++c) to[c * per + 1] = T{};
+}
+
+// Keys as elements [dim, 64]: the page itself, or converted in `buffer`.
+inline const float* load_keys(const float* keys, float*, int64_t) { return keys; }
+inline const Pair* load_keys(const bfloat16* keys, Pair*, int64_t) { return reinterpret_cast<const Pair*>(keys); }
+template <class T>
+inline const float* load_keys(const T* keys, float* buffer, int64_t dim) {
+  convert(buffer, keys, kPage * dim);
+  return buffer;
+}
+
+// Values as elements [64, dim]; those of slots not yet written may be NaN and are never read.
+inline const float* load_values(const float* values, float*, int64_t, int64_t) { return values; }
+inline const Pair* load_values(const bfloat16* values, Pair*, int64_t, int64_t) {
+  return reinterpret_cast<const Pair*>(values);
+}
+template <class T>
+inline const float* load_values(const T* values, float* buffer, int64_t dim, int64_t written) {
+  convert(buffer, values, written * dim);
+  return buffer;
+}
+
+// Transposes 64 rows of `columns` 32-bit values, which read(row, column) loads -> [columns, 64].
+template <class E, class Read>
+inline void transpose_block(E* out, int64_t columns, Read read) {
+  for (int64_t t = 0; t < kPage; t += kWidth) {
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      vf rows[kWidth];
+      for (int i = 0; i < kWidth; ++i) rows[i] = read(t + i, c);
+      transpose(rows);
+      for (int i = 0; i < kWidth; ++i) store(reinterpret_cast<float*>(out + (c + i) * kPage + t), rows[i]);
+    }
+  }
+}
+
+// 64 rows of `dim` values, row t at row(t) -> elements [dim, 64].
+template <class Row>
+inline void transpose_rows(Row row, float* out, int64_t dim) {
+  transpose_block(out, dim, [&](int64_t t, int64_t c) { return load(row(t) + c); });
+}
+template <class Row>
+inline void transpose_rows(Row row, Pair* out, int64_t dim) {
+  const auto pairs = [&](int64_t t) { return reinterpret_cast<const Pair*>(row(t)); };
+  transpose_block(out, dim / 2, [&](int64_t t, int64_t c) { return (vf)load(pairs(t) + c); });
+}
+
+// Buffers of one thread; they keep their size from call to call.
+template <class E>
+struct Tile {
+  std::vector<E> q, keys, values, weights;
+  std::vector<float> scores, out, row_max, row_sum;
+
+  void start(int64_t rows, int64_t dim) {
+    q.resize(rows * dim / kPerElement<E>);
+    out.assign(rows * dim, 0.0f);
+    row_max.assign(rows, std::numeric_limits<float>::lowest());
+    row_sum.assign(rows, 0.0f);
+    scores.resize(rows * kPage);
+    weights.resize(rows * kPage / kPerElement<E>);
+    keys.resize(dim * kPage / kPerElement<E>);
+    values.resize(dim * kPage / kPerElement<E>);
+  }
+};
+
+// Online softmax of one row over one block: `weights` from scores; `out` and `row_sum` move to the new maximum.
+template <class E>
+inline void softmax_row(const float* scores, E* weights, float* out, int64_t dim, float& row_max, float& row_sum) {
+  vf top = load(scores);
+  for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
+  const float new_max = std::max(row_max, max(top));
+  if (new_max > row_max) {
+    const float correction = exp(splat(row_max - new_max))[0];
+    row_sum *= correction;
+    for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(out + c) * correction);
+    row_max = new_max;
+  }
+  vf total{};
+  for (int t = 0; t < kPage; t += kWidth) {
+    const vf weight = exp(load(scores + t) - row_max);
+    if constexpr (std::is_same_v<E, Pair>)
+      store(&weights->first + t, weight);
+    else
+      store(weights + t, weight);
+    total += weight;
+  }
+  row_sum += sum(total);
+}
+
+// Brings memory into the second-level cache, a little with every call: all at once would hold up the caller's own
+// loads. Pages lie anywhere, so no hardware guesses the next one.
+struct Prefetch {
+  const char *next = nullptr, *end = nullptr;
+
+  template <class T>
+  static Prefetch of(const T* values, int64_t count) {
+    return {reinterpret_cast<const char*>(values), reinterpret_cast<const char*>(values + count)};
+  }
+  void operator()() {
+    if (next >= end) return;
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + 64, 0, 2);
+    next += 128;
+  }
+};
+
+// A block as elements, how many of its slots hold tokens, and the memory of the block that comes after it.
+template <class E>
+struct LoadedBlock {
+  const E *keys, *values;
+  int64_t written;
+  Prefetch next_keys, next_values;
+};
+
+// Rows [first, last) of the tile against a block, of which row r sees `visible(r)` > 0 leading tokens.
+template <class E, class Visible>
+inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim, const LoadedBlock<E>& block,
+                        Visible visible) {
+  constexpr int64_t per = kPerElement<E>;
+  const int64_t rows = last - first;
+  float* scores = &tile.scores[first * kPage];
+  E* weights = &tile.weights[first * kPage / per];
+  std::fill_n(scores, rows * kPage, 0.0f);
+  multiply(&tile.q[first * dim / per], dim / per, block.keys, kPage, scores, kPage, rows, kPage, dim / per,
+           block.next_keys);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * kPage;
+    const int64_t seen = visible(first + r);
+    if (seen < kPage) std::fill(row + seen, row + kPage, -std::numeric_limits<float>::infinity());
+    softmax_row(row, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
+                tile.row_sum[first + r]);
+  }
+  multiply(weights, kPage / per, block.values, dim, &tile.out[first * dim], dim, rows, dim,
+           (block.written + per - 1) / per, block.next_values);
+}
+
+}  // namespace edge
