@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from onnx import helper
 from build_engine.checkpoint import Checkpoint
 from build_engine.formats import Target, WeightFormat, make_target
 from build_engine.graph import build_graph
+from build_engine.long_context import LongContext, apply_long_context, max_context
 from build_engine.lowering import Progress, lower
 from build_engine.weights_file import WeightsFile
 from edge.bundle import (
@@ -44,6 +45,8 @@ class ExportOptions:
     target: str = "onnxruntime"
     weights: WeightFormat = field(default_factory=WeightFormat)
     overwrite: bool = False
+    long_context: LongContext = field(default_factory=LongContext)
+    kv: str | None = None
 
 
 def export_bundle(
@@ -53,7 +56,8 @@ def export_bundle(
     progress: Progress = lambda done, total, name: None,
 ) -> Path:
     """Write the bundle `out`. Whatever stops it leaves `out` as it was, and nothing that passes for a bundle."""
-    target = make_target(options.target, options.weights)
+    target = make_target(options.target, options.weights, options.kv)
+    checkpoint = replace(checkpoint, config=apply_long_context(checkpoint.config, options.long_context))
     head_dim = checkpoint.config.head_dim
     if target.name == "onnxruntime" and (head_dim % 16 or head_dim > 1024):
         raise EdgeError(
@@ -115,7 +119,7 @@ def _manifest(checkpoint: Checkpoint, target: Target, options: ExportOptions, fi
             "activation": helper.tensor_dtype_to_np_dtype(target.types.activation).name,
             "kv": helper.tensor_dtype_to_np_dtype(target.types.kv).name,
         },
-        limits={"max_context": checkpoint.config.max_position_embeddings},
+        limits={"max_context": max_context(checkpoint.config, options.long_context)},
         text=None if text is None else {name: getattr(text, name) for name in settings},
         generation=checkpoint.generation,
         files=files,

@@ -52,12 +52,21 @@ class Target:
     tensorrt: bool
 
 
-def make_target(name: str, weights: WeightFormat) -> Target:
-    """`onnxruntime`: float32 activations (float32 KV if the weights are exact). `rtx`: float16 throughout."""
+_KV_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
+def make_target(name: str, weights: WeightFormat, kv: str | None = None) -> Target:
+    """`onnxruntime`: float32 activations; KV as `kv` says, else float32 with exact weights and bfloat16 with others,
+    the checkpoints' own type, whose pairs processors multiply fastest. `rtx`: float16 throughout.
+    """
     if name == "onnxruntime":
-        kv = TensorProto.FLOAT if weights.kind == "exact" else TensorProto.FLOAT16
-        return Target(name, GraphTypes(TensorProto.FLOAT, kv), tensorrt=False)
+        kv = kv or ("float32" if weights.kind == "exact" else "bfloat16")
+        if kv not in _KV_TYPES:
+            raise UsageError(f"unknown --kv {kv!r}; choose one of {', '.join(_KV_TYPES)}")
+        return Target(name, GraphTypes(TensorProto.FLOAT, _KV_TYPES[kv]), tensorrt=False)
     if name == "rtx":
+        if kv not in (None, "float16"):
+            raise UsageError(f"--target rtx stores keys and values as float16, not {kv}; leave --kv out")
         if weights.kind == "w4a16" and not weights.symmetric:
             raise UsageError("TensorRT dequantises int4 without zero points; export for rtx with --symmetric")
         if weights.kind == "w4a16" and weights.head == "int8":

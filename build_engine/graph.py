@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import plugins
 from edge.config import LongRope, ModelConfig
+from edge.kv_cache import pool_shapes
 
 INT32 = TensorProto.INT32
 
@@ -100,8 +101,9 @@ def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.M
 def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoProto]:
     """T new tokens of B sequences; P page-table columns; R rows that need logits.
 
-    `rope_length` [B] (only if the two lists differ) is the length that selects LongRoPE's factor list: the whole
-    prompt's during its chunked prefill, then the context's, so that chunking never changes the result.
+    `switch_length` [B] (only if something depends on it) is the length that selects LongRoPE's factor list and
+    dense or sparse attention: the whole prompt's during its chunked prefill, then the context's, so that chunking
+    never changes the result. `sparse_settings` [4] (only if the model is sparse): see plugins/infllmv2.
     """
     inputs = [
         helper.make_tensor_value_info("input_ids", INT32, ["T"]),
@@ -110,21 +112,24 @@ def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoP
         helper.make_tensor_value_info("page_table", INT32, ["B", "P"]),
         helper.make_tensor_value_info("logits_rows", INT32, ["R"]),
     ]
-    if config.rope_lists_differ:
-        inputs.append(helper.make_tensor_value_info("rope_length", INT32, ["B"]))
-    return inputs + _pools(config, types, "kv_pool")
+    if config.switches_on_length:
+        inputs.append(helper.make_tensor_value_info("switch_length", INT32, ["B"]))
+    if config.sparse is not None:
+        inputs.append(helper.make_tensor_value_info("sparse_settings", INT32, [4]))
+    return inputs + _pools(config, types)
 
 
 def graph_outputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoProto]:
     """`logits` [R, vocab] float32, and each layer's pool after the step (the same memory as its input)."""
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", config.vocab_size])
-    return [logits, *_pools(config, types, "kv_pool_out")]
+    return [logits, *_pools(config, types, "_out")]
 
 
-def _pools(config: ModelConfig, types: GraphTypes, prefix: str) -> list[onnx.ValueInfoProto]:
-    shape: list[str | int | None] = ["pages", 2, config.num_key_value_heads, plugins.PAGE_TOKENS, config.head_dim]
+def _pools(config: ModelConfig, types: GraphTypes, suffix: str = "") -> list[onnx.ValueInfoProto]:
     return [
-        helper.make_tensor_value_info(f"{prefix}.{index}", types.kv, shape) for index in range(config.num_hidden_layers)
+        helper.make_tensor_value_info(f"{name}{suffix}.{layer}", types.kv, ["pages", *shape])
+        for layer in range(config.num_hidden_layers)
+        for name, shape in pool_shapes(config).items()
     ]
 
 
@@ -166,7 +171,7 @@ def _rope_tables(b: _Builder, config: ModelConfig) -> tuple[str, str]:
 def _rope_is_long(b: _Builder, rope: LongRope) -> str:
     """[T, 1] bool: the row's sequence is longer than the original maximum."""
     limit = b.constant("rope.original_length", np.array(rope.original_max_position_embeddings, np.int32))
-    is_long = b.op("Greater", "rope.sequence_is_long", "rope_length", limit)
+    is_long = b.op("Greater", "rope.sequence_is_long", "switch_length", limit)
     # Row t belongs to the sequence whose number is the count of sequences that end at or before t.
     start = b.constant("rope.one", np.array([1], np.int64))
     end = b.constant("rope.end", np.array([2**31 - 1], np.int64))
@@ -194,20 +199,7 @@ def _decoder_layer(
         normed,
         [_layer(index, f"self_attn.{p}_proj.weight") for p in "qkv"],
     )
-    pool_in, pool_out = f"kv_pool.{index}", f"kv_pool_out.{index}"
-    attended = f"{name}.attention"
-    b.nodes.append(
-        edge_node(
-            "PagedAttention",
-            attended,
-            [qkv, cos, sin, pool_in, "positions", "query_start", "page_table"],
-            [attended, pool_out],
-            num_heads=c.num_attention_heads,
-            num_kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            scale=c.head_dim**-0.5,
-        )
-    )
+    attended = _attention(b, c, index, qkv, cos, sin)
     if index == c.num_hidden_layers - 1:
         # From here on only the rows that need logits matter.
         attended = b.op("Gather", "head.attention_rows", attended, "logits_rows", axis=0)
@@ -225,6 +217,27 @@ def _decoder_layer(
     last = index == c.num_hidden_layers - 1
     next_norm = "model.norm.weight" if last else _layer(index + 1, "input_layernorm.weight")
     return _add_norm(b, c, types, f"{name}.next_norm", hidden, down, next_norm)
+
+
+def _attention(b: _Builder, c: ModelConfig, index: int, qkv: str, cos: str, sin: str) -> str:
+    """Dense or InfLLM-V2 attention over the layer's pools, which it updates."""
+    attended, pools = f"layers.{index}.attention", list(pool_shapes(c))
+    inputs = [qkv, cos, sin, *(f"{pool}.{index}" for pool in pools), "positions", "query_start", "page_table"]
+    outputs = [attended, *(f"{pool}_out.{index}" for pool in pools)]
+    attributes: dict[str, Any] = {
+        "num_heads": c.num_attention_heads,
+        "num_kv_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "scale": c.head_dim**-0.5,
+    }
+    if c.sparse is None:
+        node = edge_node("PagedAttention", attended, inputs, outputs, **attributes)
+    else:
+        inputs += ["switch_length", "sparse_settings"]
+        attributes["use_nope"] = int(c.sparse.use_nope)
+        node = edge_node("InfLLMv2Attention", attended, inputs, outputs, **attributes)
+    b.nodes.append(node)
+    return attended
 
 
 def _add_norm(

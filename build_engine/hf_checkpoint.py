@@ -168,21 +168,8 @@ def _sparse(values: dict[str, Any], source: Path) -> SparseConfig | None:
             for key, default in defaults.items()
         }
     )
-    # dense_len -1 means always sparse (spec: infllmv2.md 1.2).
-    lowest = {"init_blocks": 0, "use_nope": 0, "dense_len": -1}
-    for key, value in vars(sparse).items():
-        if value < (low := lowest.get(key, 1)):
-            raise EdgeError(f"{source}: sparse_config {key} is {value} but must be at least {low}")
-    for longer, shorter in (
-        ("kernel_size", "kernel_stride"),
-        ("block_size", "kernel_stride"),
-        ("window_size", "block_size"),
-    ):
-        if getattr(sparse, longer) % getattr(sparse, shorter):
-            raise EdgeError(
-                f"{source}: sparse_config {longer} {getattr(sparse, longer)} must be a multiple of "
-                f"{shorter} {getattr(sparse, shorter)}"
-            )
+    if (problem := sparse.problem()) is not None:
+        raise EdgeError(f"{source}: sparse_config {problem}")
     return sparse
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
 from build_engine.formats import Target, WeightFormat
 from build_engine.graph import edge_node
 from build_engine.quantize import QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
 from build_engine.weights_file import WeightsFile
+from edge.config import SparseConfig
 from edge.errors import EdgeError
 
 CHUNK_BYTES = 64 << 20  # float32 bytes of weights in flight
@@ -53,9 +54,22 @@ def lower(
         done += 1
         progress(done, total, node.name)
     model.graph.initializer.extend(lowering.initializers)
-    if not target.tensorrt:
+    if target.tensorrt:
+        _fix_sparse_settings(model.graph, checkpoint.config.sparse)
+    else:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
+
+
+def _fix_sparse_settings(graph: onnx.GraphProto, sparse: SparseConfig | None) -> None:
+    """An engine is built for one choice: top-k needs a size that is known then."""
+    if sparse is None:
+        return
+    values = [sparse.dense_len, sparse.init_blocks, sparse.local_blocks, sparse.selected_blocks]
+    graph.initializer.append(numpy_helper.from_array(np.array(values, np.int32), "sparse_settings"))
+    kept = [value for value in graph.input if value.name != "sparse_settings"]
+    del graph.input[:]
+    graph.input.extend(kept)
 
 
 @dataclass

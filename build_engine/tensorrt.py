@@ -28,8 +28,7 @@ from build_engine.tensorrt_flavour import Flavour, load_flavour
 from edge.bundle import GRAPH, Bundle, hash_file, open_bundle
 from edge.config import ModelConfig
 from edge.errors import EdgeError, UsageError
-from edge.kv_cache import pages_for
-from plugins import PAGE_TOKENS
+from edge.kv_cache import pages_for, pool_shapes
 
 SCHEMA_VERSION = 1  # raised when a recipe comes to mean another engine
 ENGINES = "engines"
@@ -177,7 +176,6 @@ def _profile(
         smallest, typical, largest = zip(*dimensions, strict=True)
         return smallest, typical, largest
 
-    pool = [(size,) * 3 for size in (2, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)]
     inputs = {
         "input_ids": shapes(tokens),
         "positions": shapes(tokens),
@@ -185,10 +183,11 @@ def _profile(
         "page_table": shapes(sequences, pages),
         "logits_rows": shapes(rows),
     }
-    if config.rope_lists_differ:
-        inputs["rope_length"] = shapes(sequences)
-    for layer in range(config.num_hidden_layers):
-        inputs[f"kv_pool.{layer}"] = shapes(pool_pages, *pool)
+    if config.switches_on_length:
+        inputs["switch_length"] = shapes(sequences)
+    for pool, page in pool_shapes(config).items():
+        for layer in range(config.num_hidden_layers):
+            inputs[f"{pool}.{layer}"] = shapes(pool_pages, *((size,) * 3 for size in page))
     return Profile(name, inputs)
 
 

@@ -78,7 +78,7 @@ class Manifest:
         sound = {
             "name": isinstance(self.name, str),
             "weights": all(isinstance(self.weights[k], str) for k in ("kind", "description")),
-            "types": all(self.types[k] in ("float16", "float32") for k in ("activation", "kv")),
+            "types": all(self.types[k] in ("float16", "bfloat16", "float32") for k in ("activation", "kv")),
             "limits": type(self.limits["max_context"]) is int and self.limits["max_context"] > 0,
             "text": self.text is None or isinstance(self.text, dict),
             "generation": isinstance(self.generation, dict),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from edge.errors import UsageError
 
 _NUMBERS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool}
 
@@ -20,7 +23,10 @@ class LongRope:
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """InfLLM-V2 settings; lengths in tokens, topk in blocks (spec: infllmv2.md 1.2)."""
+    """InfLLM-V2 settings; lengths in tokens, topk in blocks (spec: infllmv2.md 1.2).
+
+    `dense_len`: shorter sequences are computed densely; -1 makes every sequence sparse.
+    """
 
     kernel_size: int = 32
     kernel_stride: int = 16
@@ -30,6 +36,46 @@ class SparseConfig:
     topk: int = 64
     use_nope: bool = False
     dense_len: int = 8192
+
+    @property
+    def local_blocks(self) -> int:
+        """Blocks before a token's own that it always attends to."""
+        return self.window_size // self.block_size
+
+    @property
+    def selected_blocks(self) -> int:
+        """Blocks that a token attends to in all: init, local and chosen by score (spec: infllmv2.md 3.7)."""
+        return self.topk + self.local_blocks
+
+    def is_sparse(self, length: int) -> bool:
+        """Whether a sequence of this length is computed sparsely; equality is sparse."""
+        return self.dense_len < 0 or length >= self.dense_len
+
+    def change(self, settings: Mapping[str, Any], *, fixed: Sequence[str] = ()) -> SparseConfig:
+        """These settings with some of them set anew, except those that are `fixed`; UsageError names what is wrong."""
+        changeable = [name for name in vars(self) if name not in fixed]
+        for name in settings:
+            if name not in changeable:
+                raise UsageError(f"--sparse cannot set {name} here; it knows {', '.join(changeable)}")
+        changed = replace(self, **settings)
+        if (problem := changed.problem()) is not None:
+            raise UsageError(f"--sparse: {problem}")
+        return changed
+
+    def problem(self) -> str | None:
+        """What makes these settings unusable, as the end of a sentence; None if they are fine."""
+        fixed = {"kernel_size": 32, "kernel_stride": 16, "block_size": 64}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                return f"{name} is {getattr(self, name)}, but the kernels are made for {value}"
+        for name, low in {"init_blocks": 0, "dense_len": -1, "topk": 1, "window_size": 0}.items():
+            if getattr(self, name) < low:
+                return f"{name} is {getattr(self, name)} but must be at least {low}"
+        if self.window_size % self.block_size:
+            return f"window_size {self.window_size} must be a multiple of block_size {self.block_size}"
+        if self.topk <= self.init_blocks:
+            return f"topk {self.topk} must exceed init_blocks {self.init_blocks}, which it includes"
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,6 +129,11 @@ class ModelConfig:
     def rope_lists_differ(self) -> bool:
         """Whether the choice between LongRoPE's two lists can make a difference."""
         return self.long_rope is not None and self.long_rope.short_factor != self.long_rope.long_factor
+
+    @property
+    def switches_on_length(self) -> bool:
+        """Whether what a token is computed from depends on the length of its sequence."""
+        return self.rope_lists_differ or self.sparse is not None
 
     def rope_is_long(self, length: int) -> bool:
         """Whether a sequence of this length is rotated by LongRoPE's long list, where that makes a difference."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edge.bundle import Bundle, open_bundle
+from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import Executor
 from edge.kv_cache import KVCache
@@ -72,7 +73,8 @@ class Session:
         sequence, config = self._sequence, self._engine.bundle.config
         if config.rope_is_long(sequence.prompt_length) != config.rope_is_long(len(prompt_ids)):
             return 0  # the keys are rotated by the other list
-        return _common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
+        common = _common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
+        return _alike(self._engine.plan.sparse, sequence.prompt_length, len(prompt_ids), common)
 
     def close(self) -> None:
         """Give the pages back."""
@@ -180,7 +182,7 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
 
     bundle = open_bundle(path)
     plan = make_plan(bundle, options)
-    executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads)
+    executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse)
     return Engine(bundle, executor, plan, options.chunk)
 
 
@@ -192,6 +194,21 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise UsageError(f"token id {bad} is outside the vocabulary of {vocab_size}; use ids 0..{vocab_size - 1}")
+
+
+def _alike(sparse: SparseConfig | None, old_prompt: int, new_prompt: int, common: int) -> int:
+    """How many of the first `common` tokens, cached after an old prompt, a new prompt would have attended alike.
+
+    Tokens that see no more blocks than are selected are computed alike in both ways. The others were sparse from
+    the start, or since the reply passed dense_len.
+    """
+    if sparse is None:
+        return common
+    sparse_from = 0 if sparse.is_sparse(old_prompt) else sparse.dense_len - 1
+    either = min(common, sparse.selected_blocks * sparse.block_size)
+    if sparse.is_sparse(new_prompt):
+        return common if sparse_from <= either else either
+    return max(either, min(common, sparse_from))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -15,7 +15,8 @@ class StepBatch:
     positions [T]: each token's place in its sequence. query_start [B + 1]: where each sequence's tokens begin.
     page_table [B, P]: each sequence's pages in order, short rows padded with any valid page.
     logits_rows [R]: the rows of this step whose logits are wanted; at least one.
-    rope_length [B]: the length that selects LongRoPE's factor list (the prompt's while it is being prefilled).
+    switch_length [B]: the length that selects LongRoPE's factor list and dense or sparse attention: the prompt's while
+    it is being prefilled, then the context's.
     """
 
     input_ids: np.ndarray
@@ -23,7 +24,7 @@ class StepBatch:
     query_start: np.ndarray
     page_table: np.ndarray
     logits_rows: np.ndarray
-    rope_length: np.ndarray
+    switch_length: np.ndarray
 
 
 @dataclass(frozen=True)

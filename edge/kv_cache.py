@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edge.config import ModelConfig
 from edge.errors import EdgeError
 from plugins import PAGE_TOKENS
 
@@ -9,6 +10,22 @@ from plugins import PAGE_TOKENS
 def pages_for(tokens: int) -> int:
     """Pages that `tokens` tokens occupy."""
     return -(-tokens // PAGE_TOKENS)
+
+
+def pool_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of one page in each pool of a layer: keys and values, and a sparse model's compressed keys.
+
+    See plugins/infllmv2 for what lies where.
+    """
+    heads, dim = config.num_key_value_heads, config.head_dim
+    if config.sparse is None:
+        return {"kv_pool": (2, heads, PAGE_TOKENS, dim)}
+    planes = 3 if config.sparse.use_nope else 2
+    return {
+        "kv_pool": (planes, heads, PAGE_TOKENS, dim),
+        "c1_pool": (heads, 4, dim),
+        "c2_pool": (heads, 1, dim),
+    }
 
 
 class KVCache:

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import numpy as np
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from edge.bundle import WEIGHTS, Bundle
-from edge.errors import EdgeError
-from edge.kv_cache import pages_for
+from edge.config import SparseConfig
+from edge.errors import EdgeError, UsageError
+from edge.kv_cache import pages_for, pool_shapes
 from edge.machine import available_memory, usable_cores
 from plugins import PAGE_TOKENS
 
 MIB = 1 << 20
 # The interpreter with numpy and ONNX Runtime loaded, before any model.
 PROCESS_BYTES = 160 << 20
+KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ALWAYS_DENSE = 2**31 - 1  # a dense_len that no sequence reaches
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What a user may decide about a run. context in tokens, memory in bytes; None lets the plan choose."""
+    """What a user may decide about a run. context in tokens, memory in bytes; None lets the plan choose.
+
+    attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
+    """
 
     context: int | None = None
     memory: int | None = None
     threads: int = field(default_factory=usable_cores)
     chunk: int = 512  # prompt tokens a step
+    attention: str = "model"
+    sparse: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, and the context they buy."""
+    """Bytes by purpose, the context they buy, and the sparse attention in force (None: the model has none)."""
 
     max_context: int
     num_pages: int
@@ -37,6 +45,7 @@ class Plan:
     kv: int
     activations: int
     process: int = PROCESS_BYTES
+    sparse: SparseConfig | None = None
 
     @property
     def total(self) -> int:
@@ -45,10 +54,9 @@ class Plan:
 
 
 def kv_page_bytes(bundle: Bundle) -> int:
-    """Bytes of one page over all layers: 64 tokens of keys and values."""
-    c = bundle.config
-    itemsize = np.dtype(bundle.manifest.types["kv"]).itemsize
-    return c.num_hidden_layers * 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * itemsize
+    """Bytes of one page over all layers: 64 tokens of keys and values, and their compressed keys."""
+    values = sum(math.prod(shape) for shape in pool_shapes(bundle.config).values())
+    return bundle.config.num_hidden_layers * values * KV_BYTES[bundle.manifest.types["kv"]]
 
 
 def _weights_bytes(bundle: Bundle) -> int:
@@ -82,7 +90,23 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
         raise EdgeError(_refusal(bundle, options, budget, fixed, fitting))
     num_pages = min(wanted, fitting)
     max_context = min(options.context or limit, num_pages * PAGE_TOKENS)
-    return Plan(max_context, num_pages, weights, num_pages * page, activations)
+    sparse = resolve_sparse(bundle, options)
+    return Plan(max_context, num_pages, weights, num_pages * page, activations, sparse=sparse)
+
+
+def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | None:
+    """The bundle's sparse attention as the user wants it; None if the bundle has none and none was asked for."""
+    if options.attention not in ("model", "dense", "sparse"):
+        raise UsageError(f"unknown attention {options.attention!r}; choose dense or sparse")
+    sparse = bundle.config.sparse
+    if sparse is None:
+        if options.attention == "sparse" or options.sparse:
+            raise UsageError(
+                f"{bundle.path} was exported with dense attention only; export its checkpoint with --attention sparse"
+            )
+        return None
+    sparse = sparse.change(options.sparse, fixed=("kernel_size", "kernel_stride", "block_size", "use_nope"))
+    return replace(sparse, dense_len=ALWAYS_DENSE) if options.attention == "dense" else sparse
 
 
 def _refusal(bundle: Bundle, options: EngineOptions, budget: int, fixed: int, fitting: int) -> str:

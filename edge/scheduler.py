@@ -88,6 +88,6 @@ class Scheduler:
             page_table=page_table,
             # A step must ask for at least one row: mid-prompt it is the last, and nobody reads it.
             logits_rows=np.asarray(rows or [query_start[-1] - 1], np.int32),
-            rope_length=np.asarray(lengths, np.int32),
+            switch_length=np.asarray(lengths, np.int32),
         )
         return Step(batch, tuple(chosen), tuple(counts), tuple(logits_counts))

@@ -86,7 +86,7 @@ def test_every_sequence_of_a_step_chooses_its_own_list() -> None:
     config = tiny_config(max_position_embeddings=100, long_rope=LongRope(short, long, 100))
     positions = np.array([99, 0, 1, 2, 100, 7], np.int32)
     starts, lengths = np.array([0, 1, 4, 5, 6], np.int32), np.array([100, 101, 101, 8], np.int32)
-    cos, sin = run_tables(config, positions=positions, query_start=starts, rope_length=lengths)
+    cos, sin = run_tables(config, positions=positions, query_start=starts, switch_length=lengths)
     lists = [short, long, long, long, long, short]
     angle = np.concatenate([hf_angles(positions[i : i + 1], factors, 10000.0) for i, factors in enumerate(lists)])
     np.testing.assert_allclose(cos, np.cos(angle), atol=1e-5)

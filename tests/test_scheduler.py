@@ -92,7 +92,7 @@ def test_logits_from_a_position_on(length: int, chunk: int, data: st.DataObject)
     assert rows == [list(range(position + 1)) for position in range(start, length)]
 
 
-def test_rope_length_is_the_prompts_until_the_context_outgrows_it() -> None:
+def test_switch_length_is_the_prompts_until_the_context_outgrows_it() -> None:
     cache = KVCache(PAGES)
     scheduler = Scheduler(cache, 64)
     sequence = Sequence(cache.open(), list(range(100)), prompt_length=100)
@@ -100,7 +100,7 @@ def test_rope_length_is_the_prompts_until_the_context_outgrows_it() -> None:
     for _ in range(4):
         step = scheduler.next_step([sequence])
         assert step is not None
-        lengths.append(step.batch.rope_length.tolist())
+        lengths.append(step.batch.switch_length.tolist())
         sequence.computed += step.counts[0]
         if not sequence.pending:
             sequence.tokens.append(0)

@@ -51,7 +51,7 @@ def test_profiles_hold_every_step_of_the_scheduler(
     scheduler = Scheduler(cache, min(chunk, max_context))
 
     def check(profile_shapes: dict[str, tuple], step: StepBatch) -> None:
-        for name in ("input_ids", "positions", "query_start", "page_table", "logits_rows", "rope_length"):
+        for name in ("input_ids", "positions", "query_start", "page_table", "logits_rows", "switch_length"):
             least, typical, most = profile_shapes[name]
             shape = getattr(step, name).shape
             assert len(least) == len(typical) == len(most) == len(shape)

@@ -24,6 +24,8 @@ def bench(
     memory: opt.Memory = None,
     threads: opt.Threads = None,
     chunk: opt.Chunk = 512,
+    attention: opt.Attention = None,
+    sparse: opt.Sparse = None,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
@@ -45,7 +47,7 @@ def bench(
         if path is not None:
             opt.check_output(path)
     longest = max(case.prompt_tokens for case in cases) + new_tokens
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk)
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
     for path, render in ((html, render_html), (markdown, as_markdown), (output, to_json)):

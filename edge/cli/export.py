@@ -9,7 +9,8 @@ import typer
 
 from edge.bundle import is_bundle, open_bundle
 from edge.cli.console import note, print_json, progress_bar
-from edge.cli.options import Json
+from edge.cli.options import Json, parse_sparse
+from edge.config import ModelConfig
 from edge.errors import UsageError
 
 CheckpointPath = Annotated[
@@ -36,6 +37,18 @@ def export(
     head: Annotated[
         str | None, typer.Option(help="Format of the output head: exact, int8 or int4. Default: int8, exact for rtx.")
     ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="Type of the KV cache: float32, float16 or bfloat16. Default: by the weights.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(metavar="dense|sparse", help="Default: sparse if config.json has a sparse_config.")
+    ] = None,
+    sparse: Annotated[
+        str | None, typer.Option(metavar="KEY=N,...", help="Sparse settings, named as in config.json's sparse_config.")
+    ] = None,
+    rope: Annotated[
+        str | None, typer.Option(metavar="128k", help="Replace LongRoPE's factors by the published ones for 128K.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     json: Json = False,
 ) -> None:
@@ -46,17 +59,22 @@ def export(
       edge export MiniCPM4-0.5B --out bundle
 
       edge export model.Q4_1.gguf --out exact --weights exact
+
+      edge export MiniCPM4-8B --out bundle-128k --attention sparse --rope 128k
     """
     from build_engine.checkpoint import open_checkpoint
     from build_engine.export import ExportOptions, export_bundle
     from build_engine.formats import choose_format
+    from build_engine.long_context import LongContext
 
     if is_bundle(checkpoint):
         raise UsageError(f"{checkpoint} is a bundle already; run it, or export the checkpoint it was made from")
+    long_context = LongContext(attention or "model", parse_sparse(sparse), rope or "model")
     source = open_checkpoint(checkpoint)
     chosen = choose_format(source, target, weights, group_size, symmetric, head)
     with progress_bar("exporting", quiet=json) as progress:
-        bundle = export_bundle(source, out, ExportOptions(target, chosen, overwrite), progress)
+        options = ExportOptions(target, chosen, overwrite, long_context, kv)
+        bundle = export_bundle(source, out, options, progress)
     report_bundle(bundle, as_json=json)
 
 
@@ -87,6 +105,14 @@ def build(
         note(report.describe())
 
 
+def _attention(config: ModelConfig) -> str:
+    if config.sparse is None:
+        return "dense attention"
+    return (
+        f"sparse attention of {config.sparse.selected_blocks} blocks from {max(config.sparse.dense_len, 0)} tokens on"
+    )
+
+
 def report_bundle(path: Path, *, as_json: bool) -> None:
     """What was written, in a line or as JSON."""
     manifest = open_bundle(path, verify=False).manifest
@@ -94,4 +120,5 @@ def report_bundle(path: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"bundle": str(path), "bytes": size, "key": manifest.key, "weights": manifest.weights})
         return
-    note(f"{path}: {manifest.name}, {manifest.weights['description']} for {manifest.target}, {size / 2**20:.0f} MiB")
+    what = f"{manifest.weights['description']}, {_attention(manifest.model)}"
+    note(f"{path}: {manifest.name} for {manifest.target}, {what}, {size / 2**20:.0f} MiB")

@@ -62,6 +62,8 @@ def run(
     memory: opt.Memory = None,
     threads: opt.Threads = None,
     chunk: opt.Chunk = 512,
+    attention: opt.Attention = None,
+    sparse: opt.Sparse = None,
     json: opt.Json = False,
 ) -> None:
     """Answer one prompt; the text streams to standard output.
@@ -75,7 +77,7 @@ def run(
     if raw and system is not None:
         raise UsageError("--system is part of the chat template, which --raw leaves out; drop one of them")
     text = read_prompt(prompt, file)
-    engine = opt.load_engine(bundle, context, memory, threads, chunk)
+    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,
@@ -125,6 +127,8 @@ def chat(
     context: opt.Context = None,
     memory: opt.Memory = None,
     threads: opt.Threads = None,
+    attention: opt.Attention = None,
+    sparse: opt.Sparse = None,
 ) -> None:
     """Talk over several turns; each turn computes only what is new. Ctrl-C stops a reply, Ctrl-D ends the chat.
 
@@ -134,7 +138,7 @@ def chat(
 
       edge chat bundle --temperature 0.7
     """
-    engine = opt.load_engine(bundle, context, memory, threads)
+    engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,

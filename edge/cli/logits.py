@@ -24,7 +24,8 @@ def logits(
     ids_file: Annotated[Path, typer.Option(help=".npy file with one sequence of token ids.")],
     out: Annotated[Path, typer.Option(help=".npy file to write: float32 [last, vocabulary].")],
     last: Annotated[int, typer.Option(min=1, help="How many of the last positions.")] = 1,
-    attention: Annotated[str, typer.Option(help="dense (sparse comes with InfLLM-V2).")] = "dense",
+    attention: opt.Attention = None,
+    sparse: opt.Sparse = None,
     exact: Annotated[bool, typer.Option(help="Unquantised weights, float32 everywhere.")] = False,
     context: opt.Context = None,
     memory: opt.Memory = None,
@@ -37,21 +38,19 @@ def logits(
 
       edge logits MiniCPM4-0.5B --ids-file ids.npy --last 16 --out logits.npy --exact
     """
-    if attention != "dense":
-        raise UsageError(f"--attention {attention} is not available; this version computes dense attention only")
     ids = opt.load_ids(ids_file)
     if last > len(ids):
         raise UsageError(f"--last {last} exceeds the {len(ids)} ids of {ids_file}; ask for at most {len(ids)}")
     opt.check_output(out)
-    with _as_bundle(model, ids, out, exact) as bundle:
-        engine = opt.load_engine(bundle, context or len(ids), memory, threads, chunk)
+    with _as_bundle(model, ids, out, exact, attention) as bundle:
+        engine = opt.load_engine(bundle, context or len(ids), memory, threads, chunk, attention, sparse)
         with progress_bar("computing") as progress:
             _save(out, engine.stream_logits(ids, last, progress), (last, engine.vocab_size))
     note(f"{out}: logits {last} x {engine.vocab_size}")
 
 
 @contextlib.contextmanager
-def _as_bundle(model: Path, ids: list[int], out: Path, exact: bool) -> Iterator[Path]:
+def _as_bundle(model: Path, ids: list[int], out: Path, exact: bool, attention: str | None) -> Iterator[Path]:
     """The bundle itself, or one made from the checkpoint for this once, beside `out` (/tmp may be memory)."""
     if is_bundle(model):
         kind = open_bundle(model, verify=False).manifest.weights["kind"]
@@ -62,10 +61,12 @@ def _as_bundle(model: Path, ids: list[int], out: Path, exact: bool) -> Iterator[
     from build_engine.checkpoint import open_checkpoint
     from build_engine.export import ExportOptions, export_bundle
     from build_engine.formats import choose_format
+    from build_engine.long_context import LongContext
 
     checkpoint = open_checkpoint(model)
     check_ids(ids, checkpoint.config.vocab_size)
-    options = ExportOptions(weights=choose_format(checkpoint, "onnxruntime", "exact" if exact else "w4a16"))
+    weights = choose_format(checkpoint, "onnxruntime", "exact" if exact else "w4a16")
+    options = ExportOptions(weights=weights, long_context=LongContext(attention or "model"))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.bundle-", dir=out.absolute().parent) as folder:
         with progress_bar("exporting") as progress:
             bundle = export_bundle(checkpoint, Path(folder) / "bundle", options, progress)

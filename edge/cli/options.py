@@ -27,6 +27,13 @@ Memory = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: all this process may use.")]
 Chunk = Annotated[int, typer.Option(min=1, max=2**20, help="Prompt tokens computed at once.")]
+Attention = Annotated[
+    str | None, typer.Option(metavar="dense|sparse", help="Attention of a sparse model. Default: as it was exported.")
+]
+Sparse = Annotated[
+    str | None,
+    typer.Option(metavar="KEY=N,...", help="Change sparse settings: dense_len, topk, window_size, init_blocks."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own setting, else 0.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability mass.")]
@@ -51,8 +58,25 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_sparse(text: str | None) -> dict[str, int]:
+    """'topk=16,window_size=512' -> {'topk': 16, 'window_size': 512}."""
+    settings = {}
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
+        if match is None:
+            raise UsageError(f"--sparse has {part!r}; write settings as topk=16,window_size=512")
+        settings[match[1]] = int(match[2])
+    return settings
+
+
 def load_engine(
-    bundle: Path, context: int | None, memory: str | None, threads: int | None, chunk: int = EngineOptions.chunk
+    bundle: Path,
+    context: int | None,
+    memory: str | None,
+    threads: int | None,
+    chunk: int = EngineOptions.chunk,
+    attention: str | None = None,
+    sparse: str | None = None,
 ) -> Engine:
     """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for."""
     options = EngineOptions(
@@ -60,6 +84,8 @@ def load_engine(
         memory=None if memory is None else parse_size(memory),
         threads=usable_cores() if threads is None else threads,
         chunk=chunk,
+        attention=attention or EngineOptions.attention,
+        sparse=parse_sparse(sparse),
     )
     engine = open_engine(bundle, options)
     trained = engine.bundle.manifest.limits["max_context"]

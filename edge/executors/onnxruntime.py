@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+
 import numpy as np
 import onnxruntime as ort
 
 from edge.bundle import GRAPH, Bundle
+from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
-from plugins import PAGE_TOKENS
+from edge.kv_cache import pool_shapes
 from plugins.ort.library import register
+
+# How numpy holds a pool, and ONNX's number of its type.
+_POOL_TYPES = {"float32": (np.float32, 1), "float16": (np.float16, 10), "bfloat16": (np.uint16, 16)}
 
 
 class OnnxRuntimeExecutor:
-    """One session and one pool a layer, [num_pages, 2, Hkv, 64, d]; see edge/executor.py for the step.
+    """One session and the pools of each layer (edge/kv_cache.py); see edge/executor.py for the step.
 
-    Each pool is bound as input and output at once, so the attention operator appends to it and nothing is copied.
+    Each pool is bound as input and output at once, so the attention operator updates it and nothing is copied.
+    `sparse`: the settings of sparse attention for every step, if the model has it.
     """
 
-    def __init__(self, bundle: Bundle, num_pages: int, threads: int) -> None:
+    def __init__(self, bundle: Bundle, num_pages: int, threads: int, sparse: SparseConfig | None = None) -> None:
         if bundle.manifest.target != "onnxruntime":
             raise UsageError(
                 f"{bundle.path} was exported for {bundle.manifest.target}; export it with --target onnxruntime to run "
@@ -35,6 +44,10 @@ class OnnxRuntimeExecutor:
             self._session = ort.InferenceSession(str(bundle.file(GRAPH)), options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
             self._pools = self._bind_pools(bundle)
+            if (sparse := sparse or bundle.config.sparse) is not None:
+                names = ("dense_len", "init_blocks", "local_blocks", "selected_blocks")
+                self._settings = np.array([getattr(sparse, name) for name in names], np.int32)
+                self._binding.bind_cpu_input("sparse_settings", self._settings)
         except MemoryError as error:
             raise EdgeError(f"the KV pool cannot be had ({error}); ask for a smaller --context or --memory") from error
         except Exception as error:  # the library has no narrower base
@@ -45,20 +58,20 @@ class OnnxRuntimeExecutor:
         self._kv_type = bundle.manifest.types["kv"]
 
     def _bind_pools(self, bundle: Bundle) -> list[ort.OrtValue]:
-        c = bundle.config
-        shape = (self.num_pages, 2, c.num_key_value_heads, PAGE_TOKENS, c.head_dim)
+        dtype, onnx_type = _POOL_TYPES[bundle.manifest.types["kv"]]
         pools = []
-        for layer in range(c.num_hidden_layers):
-            # Zeroed memory is mapped lazily: pages that are never used cost nothing.
-            pool = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, bundle.manifest.types["kv"]))
-            self._binding.bind_ortvalue_input(f"kv_pool.{layer}", pool)
-            self._binding.bind_ortvalue_output(f"kv_pool_out.{layer}", pool)
-            pools.append(pool)
+        for layer in range(bundle.config.num_hidden_layers):
+            for name, page in pool_shapes(bundle.config).items():
+                values = _lazy_zeros((self.num_pages, *page), dtype)
+                pool = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx_type)
+                self._binding.bind_ortvalue_input(f"{name}.{layer}", pool)
+                self._binding.bind_ortvalue_output(f"{name}_out.{layer}", pool)
+                pools.append(pool)
         return pools
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
-        for name in ("input_ids", "positions", "query_start", "page_table", "logits_rows", "rope_length"):
+        for name in ("input_ids", "positions", "query_start", "page_table", "logits_rows", "switch_length"):
             if name in self._input_names:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name), np.int32))
         self._binding.bind_output("logits", "cpu")
@@ -80,3 +93,18 @@ class OnnxRuntimeExecutor:
             "threads": str(self._threads),
             "kv": self._kv_type,
         }
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros that take memory when they are first written, in huge pages where the system has them.
+
+    Attention jumps between KV pages all over the pool: with small pages every jump costs a walk of the page table.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(error.strerror) from None
+    with contextlib.suppress(OSError, AttributeError):  # not every kernel offers it
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
