@@ -12,6 +12,7 @@ import typer
 
 from edge.cli.bench import bench
 from edge.cli.console import err, out
+from edge.cli.eval import evaluate
 from edge.cli.export import build, export
 from edge.cli.generate import chat, run
 from edge.cli.logits import logits
@@ -32,6 +33,7 @@ app.command("run")(run)
 app.command("chat")(chat)
 app.command("logits")(logits)
 app.command("bench")(bench)
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)

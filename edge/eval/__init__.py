@@ -1,0 +1,1 @@
+"""Long-context accuracy of a bundle: RULER's kinds of questions made offline, asked and scored; and perplexity."""
