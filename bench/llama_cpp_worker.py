@@ -1,4 +1,4 @@
-"""One measurement of llama.cpp in a process of its own; prints JSON. Used by bench/peers.py."""
+"""One measurement of llama.cpp in a process of its own; prints JSON. Used by bench/peers.py and bench/context.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy as np
 
 
 def measure(model: str, prompt_tokens: int, new_tokens: int, repeat: int, flash: bool, threads: int) -> dict:
-    """Median prefill and decode tok/s after one warm-up; sampling is not counted against llama.cpp."""
+    """Median prefill tok/s, and decode tok/s of the median step; sampling is not counted against llama.cpp.
+
+    After one warm-up; `repeat` 0 measures the only run, for prompts that take minutes.
+    """
     llm = llama_cpp.Llama(
         model,
         n_ctx=prompt_tokens + new_tokens + 8,
@@ -23,20 +26,21 @@ def measure(model: str, prompt_tokens: int, new_tokens: int, repeat: int, flash:
         verbose=False,
     )
     generator = np.random.default_rng(0)
-    prefill, decode = [], []
+    prefill: list[float] = []
+    steps: list[float] = []
     for run in range(repeat + 1):
         ids = generator.integers(3, 70000, prompt_tokens).tolist()
         llm.reset()
         started = time.perf_counter()
         llm.eval(ids)
-        first = time.perf_counter()
+        ends = [time.perf_counter()]
         for token in generator.integers(3, 70000, new_tokens - 1).tolist():
             llm.eval([token])
-        ended = time.perf_counter()
+            ends.append(time.perf_counter())
         if run or repeat == 0:
-            prefill.append(prompt_tokens / (first - started))
-            decode.append((new_tokens - 1) / (ended - first))
-    return {"prefill": float(np.median(prefill)), "decode": float(np.median(decode))}
+            prefill.append(prompt_tokens / (ends[0] - started))
+            steps += np.diff(ends).tolist()
+    return {"prefill": float(np.median(prefill)), "decode": 1 / float(np.median(steps))}
 
 
 if __name__ == "__main__":

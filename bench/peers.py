@@ -4,7 +4,8 @@
     python -m bench.peers --contexts 512 --rounds 5
 
 Engines take turns, each measurement in a process of its own; the median over rounds counts. llama.cpp runs with
-flash attention on and off, and the faster of the two is the peer in each column. Needs the extra `bench`.
+flash attention on and off, and the faster of the two is the peer in each column. Decode is the speed of the median
+step. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -21,64 +24,66 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoints import MINICPM4_05B, write_gguf_q4_0, write_safetensors
+from bench.checkpoints import MINICPM4_05B, prepare
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from edge.bench.machine import describe_machine
 
 OURS = {
-    "g64": WeightFormat("w4a16", 64, symmetric=True, head="int4"),
-    "g128": WeightFormat("w4a16", 128, symmetric=True, head="int4"),
-    "g32": WeightFormat("w4a16", 32, symmetric=True, head="int4"),
-    "g32 asymmetric": WeightFormat("w4a16", 32, symmetric=False, head="int4"),
+    "edge int4 g64": WeightFormat("w4a16", 64, symmetric=True, head="int4"),
+    "edge int4 g128": WeightFormat("w4a16", 128, symmetric=True, head="int4"),
+    "edge int4 g32": WeightFormat("w4a16", 32, symmetric=True, head="int4"),
+    "edge int4 g32 asymmetric": WeightFormat("w4a16", 32, symmetric=False, head="int4"),
 }
 LLAMA = {"llama.cpp Q4_0, flash attention": True, "llama.cpp Q4_0, plain attention": False}
+FORMATS = ",".join(name.removeprefix("edge int4 ") for name in OURS)
 
 
 @dataclass
 class Measured:
-    """tok/s of one engine at one context, a value a round."""
+    """tok/s of one engine at one context, a value a round; no values where a phase was not measured."""
 
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
-    def add(self, values: dict[str, float]) -> None:
+    def add(self, values: Mapping[str, float]) -> None:
         """One more round."""
-        self.prefill.append(values["prefill"])
-        self.decode.append(values["decode"])
+        for phase, value in values.items():
+            getattr(self, phase).append(value)
 
 
-def prepare(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The GGUF and one bundle a format, made once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, model = folder / "checkpoint", folder / "q4_0.gguf"
-    if not (checkpoint / "config.json").exists():
-        write_safetensors(checkpoint, MINICPM4_05B)
-    if not model.exists():
-        write_gguf_q4_0(model.with_suffix(".partial"), MINICPM4_05B).rename(model)
-    bundles = {}
-    for name, weights in OURS.items():
-        bundles[name] = folder / f"bundle-{name.replace(' ', '-')}"
-        if not bundles[name].exists():
-            export_bundle(open_checkpoint(checkpoint), bundles[name], ExportOptions(weights=weights))
-    return model, bundles
+def prepare_bundle(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
+    """The checkpoint's bundle `out`, exported once."""
+    return out if out.exists() else export_bundle(open_checkpoint(checkpoint), out, options)
 
 
-def measure_ours(bundle: Path, context: int, new_tokens: int, repeat: int, threads: int) -> dict[str, float]:
-    """Through the product's own `edge bench`."""
-    command = [sys.executable, "-m", "edge", "bench", str(bundle), "--contexts", str(context), "--json"]
-    command += ["--new-tokens", str(new_tokens), "--repeat", str(repeat), "--threads", str(threads)]
-    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def measure_ours(
+    bundle: Path, *options: str, context: int, new_tokens: int, repeat: int, threads: int
+) -> dict[str, float]:
+    """Through the product's own `edge bench`, with further `options` of it."""
+    command = [sys.executable, "-m", "edge", "bench", str(bundle), "--contexts", str(context), "--json", *options]
+    command += ["--new-tokens", str(new_tokens), "--repeat", str(max(1, repeat)), "--threads", str(threads)]
+    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     figures = report["cases"][0]["summary"]
-    return {"prefill": figures["prefill_tok_s"]["median"], "decode": figures["decode_tok_s"]["median"]}
+    return {"prefill": figures["prefill_tok_s"]["median"], "decode": 1 / figures["interval_s"]["p50"]}
 
 
-def measure_llama(model: Path, flash: bool, **workload: int) -> dict[str, float]:
+def measure_llama(model: Path, flash: bool, context: int, new_tokens: int, repeat: int, threads: int) -> dict:
     """llama.cpp in its own process."""
-    arguments = json.dumps({"model": str(model), "flash": flash, **workload})
+    task = {"model": str(model), "flash": flash, "prompt_tokens": context, "new_tokens": new_tokens}
+    arguments = json.dumps({**task, "repeat": repeat, "threads": threads})
     command = [sys.executable, "-m", "bench.llama_cpp_worker", arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def take_turns(engines: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, Measured]:
+    """Measure every engine once a round, so that a drift of the machine hits all of them alike."""
+    row = {name: Measured() for name in engines}
+    for _ in range(rounds):
+        for name, measure in engines.items():
+            row[name].add(measure())
+    return row
 
 
 def main(
@@ -86,45 +91,43 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds at contexts up to 2048; longer ones get one third.")] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 48,
     threads: Annotated[int, typer.Option(help="Threads of both engines.")] = 2,
-    formats: Annotated[str, typer.Option(help=f"Of ours: {', '.join(OURS)}.")] = "g64,g128,g32,g32 asymmetric",
+    formats: Annotated[str, typer.Option(help="Of our weights.")] = FORMATS,
     folder: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("build/bench"),
     output: Annotated[Path | None, typer.Option(help="Also write all figures as JSON.")] = None,
 ) -> None:
     """Measure, print the table, and the ratio of each of our formats to the faster llama.cpp mode."""
-    model, bundles = prepare(folder)
-    chosen = formats.split(",")
-    results: dict[int, dict[str, Measured]] = {}
+    checkpoint, model = prepare(folder, MINICPM4_05B)
+    bundles = {}
+    for name in [f"edge int4 {chosen}" for chosen in formats.split(",")]:
+        out = folder / f"bundle-{name.removeprefix('edge int4 ').replace(' ', '-')}"
+        bundles[name] = prepare_bundle(checkpoint, out, ExportOptions(weights=OURS[name]))
+    results: dict[str, dict[str, Measured]] = {}
     for context in [int(c) for c in contexts.split(",")]:
         short = context <= 2048
-        row = results[context] = {name: Measured() for name in [*chosen, *LLAMA]}
-        repeat = 3 if short else 1
-        for _ in range(rounds if short else max(1, rounds // 3)):
-            for name in chosen:
-                row[name].add(measure_ours(bundles[name], context, new_tokens, repeat, threads))
-            for name, flash in LLAMA.items():
-                workload = {"prompt_tokens": context, "new_tokens": new_tokens, "repeat": repeat, "threads": threads}
-                row[name].add(measure_llama(model, flash, **workload))
+        workload = {"context": context, "new_tokens": new_tokens, "repeat": 3 if short else 1, "threads": threads}
+        ours = {name: partial(measure_ours, bundle, **workload) for name, bundle in bundles.items()}
+        peers = {name: partial(measure_llama, model, flash, **workload) for name, flash in LLAMA.items()}
+        results[str(context)] = take_turns({**ours, **peers}, rounds if short else max(1, rounds // 3))
     if output is not None:
         values = {context: {name: asdict(m) for name, m in row.items()} for context, row in results.items()}
         output.write_text(json.dumps({"machine": asdict(describe_machine()), "tok_s": values}, indent=1))
-    print_table(results, chosen, threads)
+    cpu = describe_machine().cpu_model
+    print_table(f"MiniCPM4-0.5B shape, random weights, {cpu}, {threads} threads", results)
 
 
-def print_table(results: dict[int, dict[str, Measured]], chosen: list[str], threads: int) -> None:
-    """Medians over rounds; the ratio is ours over the better llama.cpp mode in that column."""
-    machine = describe_machine()
-    table = Table(
-        title=f"MiniCPM4-0.5B shape, random weights, {machine.cpu_model}, {threads} threads", title_justify="left"
-    )
+def print_table(title: str, results: Mapping[str, Mapping[str, Measured]]) -> None:
+    """Medians over rounds, by context and engine; the ratio is ours over the better llama.cpp mode in that column."""
+    table = Table(title=title, title_justify="left")
     for column in ("context", "engine", "prefill tok/s", "ratio", "decode tok/s", "ratio"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for context, row in results.items():
         best = {kind: max(median(getattr(row[name], kind)) for name in LLAMA) for kind in ("prefill", "decode")}
         for name, measured in row.items():
-            cells = [str(context), f"edge int4 {name}" if name in chosen else name]
+            cells = [context, name]
             for kind in ("prefill", "decode"):
-                value = median(getattr(measured, kind))
-                cells += [f"{value:.1f}", f"{value / best[kind]:.2f}x" if name in chosen else ""]
+                values = getattr(measured, kind)
+                ratio = f"{median(values) / best[kind]:.2f}x" if values and name not in LLAMA else ""
+                cells += [f"{median(values):.1f}" if values else "-", ratio]
             table.add_row(*cells)
         table.add_section()
     Console(width=100, highlight=False).print(table)

@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 
 from plugins.infllmv2 import meaning
-from tests.operators import Feeds
+from tests.operators import KERNELS, Feeds
 from tests.test_infllmv2 import (
     EVERY,
     WINDOWS,
@@ -343,3 +343,18 @@ def test_131072_tokens(how: str, magnitude: int) -> None:
     case = Sparse((131071,), (1,), kv_heads=1, pool="float16", magnitude=magnitude, **DEFAULTS)
     feeds = sparse_feeds(case)
     check_step(how, case, feeds, run(how, case, feeds))
+
+
+@pytest.mark.parametrize("how", KERNELS)
+@pytest.mark.parametrize("new", [1, 3])
+def test_heads_keep_their_weights_over_many_windows(how: str, new: int) -> None:
+    """A head's largest coarse score comes last, far above its first ones: what came before must be scaled down."""
+    case = Sparse((9000,), (new,), group=4, kv_heads=1, local=1, selected=12)
+    feeds = sparse_feeds(case)
+    queries = feeds["qkv"].reshape(new, -1, case.dim)[:, : case.heads]
+    queries[:, 0] *= 40
+    queries[:, 1:] *= 4
+    keys = np.random.default_rng(1).standard_normal((9000, 1, case.dim))
+    keys += np.linspace(0, 3, 9000)[:, None, None] * np.sign(queries[0, :1])
+    set_past_keys(case, feeds, keys, plane=0)
+    check_step(how, case, without_rotation(feeds), run(how, case, without_rotation(feeds)), 1e-3)

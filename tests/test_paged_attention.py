@@ -195,6 +195,15 @@ def test_function_and_meaning(case: Ragged) -> None:
         )
 
 
+@pytest.mark.parametrize("how", KERNELS)
+@pytest.mark.parametrize("magnitude", [1.0, 300.0])
+def test_a_long_context_is_split_over_threads(how: str, magnitude: float) -> None:
+    """Single tokens with more blocks than one task takes: parts whose largest scores are far apart are merged."""
+    case = Ragged(past=(3000, 1024, 1023), new=(1, 1, 1), group=4, magnitude=magnitude)
+    feeds = make_feeds(case)
+    check_step(how, case, feeds, *run_in_place(how, case, feeds), tolerance(case))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
     ("how", "dtype", "magnitude"),

@@ -40,7 +40,7 @@ struct SelectionBuffers {
   std::vector<float> block_scores;  // [tokens, blocks]
 };
 
-// Windows [u, u + 64) of one sequence and head; those that do not exist are zero.
+// Windows [u, u + 64) of one sequence and head; those past the end are zero.
 template <class T>
 struct WindowRows {
   const T* rows[kPage];
@@ -49,8 +49,7 @@ struct WindowRows {
   WindowRows(const AttentionStep& s, const T* pool, int64_t slots, const TokenTile& tile, int64_t u, int64_t end,
              const SelectionBuffers<T, E>& buffer) {
     for (int64_t w = u; w < u + kPage; ++w)
-      rows[w - u] =
-          w == 0 || w >= end ? buffer.no_window.data() : window_slot(pool, s, tile.sequence, tile.head, w, slots);
+      rows[w - u] = w >= end ? buffer.no_window.data() : window_slot(pool, s, tile.sequence, tile.head, w, slots);
   }
 };
 
