@@ -1,4 +1,4 @@
-"""What each weight format costs in perplexity, on a real model and real prose that Python packages ship.
+"""What each format of weights and KV cache costs in perplexity, on a real model and real prose that Python packages ship.
 
     python -m bench.perplexity                    # SmolLM2-135M-Instruct, 10,240 tokens; needs `make test` to have run
 
@@ -23,12 +23,16 @@ from edge.text import TextSettings, Tokenizer
 from tests.synthetic import smollm2_gguf_path
 from tests.text import english_text
 
+# Weights and the type of the KV cache.
 FORMATS = (
-    WeightFormat("exact"),
-    WeightFormat("w4a16", 32, symmetric=False, head="int8"),
-    WeightFormat("w4a16", 32, symmetric=False, head="int4"),
-    WeightFormat("w4a16", 32, symmetric=True, head="int8"),
-    WeightFormat("w4a16", 64, symmetric=True, head="int8"),
+    (WeightFormat("exact"), "float32"),
+    (WeightFormat("exact"), "float16"),
+    (WeightFormat("exact"), "bfloat16"),
+    (WeightFormat("w4a16", 32, symmetric=False, head="int8"), "float16"),
+    (WeightFormat("w4a16", 32, symmetric=False, head="int8"), "bfloat16"),
+    (WeightFormat("w4a16", 32, symmetric=False, head="int4"), "bfloat16"),
+    (WeightFormat("w4a16", 32, symmetric=True, head="int8"), "bfloat16"),
+    (WeightFormat("w4a16", 64, symmetric=True, head="int8"), "bfloat16"),
 )
 
 
@@ -39,15 +43,15 @@ def main(
     """Print perplexity and its change against the exact weights, one format a line."""
     checkpoint = open_checkpoint(smollm2_gguf_path())
     exact = None
-    for weights in FORMATS:
+    for weights, kv in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
-            bundle = export_bundle(checkpoint, Path(folder) / "bundle", ExportOptions(weights=weights))
+            bundle = export_bundle(checkpoint, Path(folder) / "bundle", ExportOptions(weights=weights, kv=kv))
             engine = open_engine(bundle, EngineOptions(context=window + 1))
             settings = TextSettings.from_dict(engine.bundle.manifest.text or {})
             ids = Tokenizer.load(bundle, settings).encode(english_text()[: 8 * tokens], add_bos=False)[:tokens]
             value = perplexity(engine, ids, window)
         exact = exact or value
-        print(f"{weights.describe():34} {value:8.4f}  {value / exact - 1:+.2%}", flush=True)
+        print(f"{weights.describe():34} {kv:9} {value:8.4f}  {value / exact - 1:+.2%}", flush=True)
 
 
 if __name__ == "__main__":

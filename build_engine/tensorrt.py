@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -122,13 +122,14 @@ def build_engine(
     flavour = load_flavour(options.target)
     bundle = open_bundle(bundle_path)
     _check(bundle, options, flavour)
+    limit = bundle.manifest.limits["max_context"]
     recipe = Recipe(
         bundle=bundle.manifest.key,
         target=options.target,
         tensorrt=flavour.name,
         platform=f"{platform.system()}-{platform.machine()}".lower(),
         compute_capabilities=options.compute_capabilities,
-        profiles=build_profiles(bundle.config, options),
+        profiles=build_profiles(bundle.config, replace(options, max_context=options.max_context or limit)),
     )
     path = bundle.path / ENGINES / f"{options.target}-{recipe.key[:12]}.engine"
     if (cached := _read_cached(path, recipe)) is not None:
@@ -198,7 +199,7 @@ def _check(bundle: Bundle, options: BuildOptions, flavour: Flavour) -> None:
             f"{bundle.path} was exported for {exported_for}; export the checkpoint again with "
             f"--target {options.target} and build that bundle"
         )
-    limit = bundle.config.max_position_embeddings
+    limit = bundle.manifest.limits["max_context"]
     if options.max_context is not None and options.max_context > limit:
         raise UsageError(
             f"--max-context {options.max_context} exceeds the model's limit of {limit} tokens; ask for less"

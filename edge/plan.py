@@ -17,6 +17,7 @@ MIB = 1 << 20
 # The interpreter with numpy and ONNX Runtime loaded, before any model.
 PROCESS_BYTES = 160 << 20
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+TILE_ROWS = 512  # query rows of one attention task (plugins/paged_attention/cpu.h)
 ALWAYS_DENSE = 2**31 - 1  # a dense_len that no sequence reaches
 
 
@@ -65,12 +66,17 @@ def _weights_bytes(bundle: Bundle) -> int:
     return 3 * stored if bundle.manifest.weights["kind"] == "exact" else 2 * stored
 
 
-def _activation_bytes(bundle: Bundle, chunk: int) -> int:
-    """Float32 values alive at once in one layer of a step, plus one row of logits."""
+def _activation_bytes(bundle: Bundle, options: EngineOptions, context: int) -> int:
+    """Float32 values alive at once in one layer of a step, one row of logits, and what attention works in."""
     c = bundle.config
     qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     per_token = 4 * c.hidden_size + qkv + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    return 4 * (chunk * per_token + c.vocab_size)
+    tile = TILE_ROWS * 2 * (c.head_dim + PAGE_TOKENS) + 2 * PAGE_TOKENS * c.head_dim
+    choice = 0
+    if c.sparse is not None:  # a score for each token and block of a tile, a bit for each of the step
+        tile += max(1, TILE_ROWS // c.group_size) * pages_for(context)
+        choice = options.chunk * c.num_key_value_heads * pages_for(context) // 32
+    return 4 * (options.chunk * per_token + c.vocab_size + options.threads * tile + choice)
 
 
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
@@ -81,7 +87,8 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     """
     budget = options.memory if options.memory is not None else int(available_memory() * 0.9)
     limit = bundle.manifest.limits["max_context"]
-    weights, activations = _weights_bytes(bundle), _activation_bytes(bundle, options.chunk)
+    weights = _weights_bytes(bundle)
+    activations = _activation_bytes(bundle, options, options.context or limit)
     fixed = weights + activations + PROCESS_BYTES
     page = kv_page_bytes(bundle)
     wanted = pages_for(options.context or limit)

@@ -12,4 +12,4 @@ EDGE = [sys.executable, "-m", "edge"]
 def edge(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
     command = [*EDGE, *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "80", **environment}
-    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120)
+    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=600)

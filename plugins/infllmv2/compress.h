@@ -44,7 +44,8 @@ void update_windows(const AttentionStep& s, const T* pool, T* windows, int64_t s
 
 template <class T, class E>
 void compress(const AttentionStep& s, const T* pool, T* fine, T* coarse, int64_t plane, Parallel parallel) {
-  parallel(s.sequences * s.kv_heads, [&](size_t i) {
+  const Parallel spread = s.tokens() < kPage ? Parallel::serial() : parallel;
+  spread(s.sequences * s.kv_heads, [&](size_t i) {
     update_windows<T, E>(s, pool, fine, kFineSlots, plane, i / s.kv_heads, i % s.kv_heads);
     update_windows<T, E>(s, pool, coarse, kCoarseSlots, plane, i / s.kv_heads, i % s.kv_heads);
   });

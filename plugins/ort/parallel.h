@@ -9,6 +9,14 @@ struct Parallel {
   void (*run)(void* context, void (*body)(void* state, size_t i), size_t n, void* state);
   void* context;
 
+  // On the caller's thread: for work too small to wake others.
+  static Parallel serial() {
+    return {[](void*, void (*body)(void*, size_t), size_t n, void* state) {
+              for (size_t i = 0; i < n; ++i) body(state, i);
+            },
+            nullptr};
+  }
+
   template <class F>
   void operator()(size_t n, F&& f) const {
     if (n == 1) return f(0);
