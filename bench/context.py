@@ -1,14 +1,12 @@
 """Speed over the length of the context: our sparse (InfLLM-V2) and dense attention beside llama.cpp's.
 
-    python -m bench.context                              # 512 to 128K tokens, about 30 minutes
-    python -m bench.context --full-peer                  # all layers of llama.cpp over 8K: 40 minutes more
+    python -m bench.context                              # 512 to 128K tokens, about 25 minutes
 
 Two tables and a plot. Beside llama.cpp: real prompts, engines in turns, a process a measurement; over 8K tokens the
-prompt takes llama.cpp too long, so both run a version of the shape with two layers, and the row says so. With
---full-peer it computes such prompts with all layers too, once a mode (20 minutes each at 32K on two cores), for its
-decode speed; ours beside it is measured as in the second table. Over context: our decode with all layers, from pools of
-random keys and values instead of a prompt (bench/decode_worker.py), and the bytes a step reads beside the least that
-it must. Needs the extra `bench`.
+prompt takes llama.cpp too long, so both run a version of the shape with two layers, and the row says so. Over context:
+decode with all layers, of both engines, without computing the prompt: our pools hold random keys and values
+(bench/decode_worker.py), llama.cpp's cache copies of a short prompt's (bench/llama_cpp_filled.py); and the bytes our
+step reads beside the least that it must. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -48,6 +46,7 @@ minimum: a layer's 2 Hkv d b n; if sparse, 2 Hkv d b 6144 + Hkv d b (n/16 + n/64
 Below 1: the last block is not full, and local blocks need no score."""
 
 Row = dict[str, Measured]
+PeerDecode = dict[tuple[str, int], float]
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,16 @@ def beside_llama(model: Model, context: int, new_tokens: int, rounds: int, threa
     return take_turns(engines, rounds if context <= SHORT else max(1, rounds // 3))
 
 
-def beside_full_llama(model: Model, context: int, new_tokens: int, rounds: int, threads: int) -> Row:
-    """llama.cpp's prompt of all layers, once a mode, and our decode from filled pools between the two."""
-    row = {name: Measured() for name in (*OURS, *LLAMA)}
-    for name, flash in LLAMA.items():
-        row[name].add(measure_llama(model.gguf, flash, context, new_tokens, repeat=0, threads=threads))
-        cases, _ = measure_decode(model, [context], rounds=rounds, steps=new_tokens, threads=threads)
-        for ours, mode in OURS.items():
-            row[ours].add({"decode": next(case.tok_s for case in cases if case.mode == mode)})
-    return row
+def measure_filled_llama(gguf: Path, contexts: Sequence[int], steps: int, rounds: int, threads: int) -> PeerDecode:
+    """llama.cpp's decode tok/s by mode and context, medians of rounds; a process a measurement."""
+    values: dict[tuple[str, int], list[float]] = {(name, n): [] for name in LLAMA for n in contexts}
+    for _ in range(rounds):
+        for name, context in values:
+            task = {"model": str(gguf), "context": context, "new_tokens": steps, "flash": LLAMA[name]}
+            command = [sys.executable, "-m", "bench.llama_cpp_filled", json.dumps({**task, "threads": threads})]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            values[name, context].append(json.loads(output.splitlines()[-1])["decode"])
+    return {case: median(rates) for case, rates in values.items()}
 
 
 def main(
@@ -128,7 +128,6 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of both engines.")] = 2,
     kv: Annotated[str, typer.Option(help="Our KV cache: bfloat16, float16 or float32.")] = "bfloat16",
     head: Annotated[str, typer.Option(help="Our head: int4, as Q4_0 has, or int8, our default.")] = "int4",
-    full_peer: Annotated[bool, typer.Option(help="All layers in llama.cpp over 8K too; 40 minutes at 32K.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("build/bench"),
     plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("build/bench/context.svg"),
     output: Annotated[Path | None, typer.Option(help="Also write all figures as JSON.")] = None,
@@ -140,21 +139,20 @@ def main(
     full = prepare_model(folder, MINICPM4_05B.num_hidden_layers, kv, head)
     lengths = sorted(int(n) for n in contexts.split(","))
     cases, other_cpu = measure_decode(full, lengths, rounds=rounds, steps=new_tokens, threads=threads)
+    filled = measure_filled_llama(full.gguf, lengths, new_tokens, max(1, rounds // 2), threads)
     peers: dict[tuple[int, int], Row] = {}  # by context and layers
     for context in sorted(int(n) for n in peer_contexts.split(",") if n):
         fits = context <= LONGEST_FULL
         model = full if fits else prepare_model(folder, FEW_LAYERS, kv, head)
         peers[context, model.layers] = beside_llama(model, context, new_tokens, rounds, threads)
-        if full_peer and not fits:
-            peers[context, full.layers] = beside_full_llama(full, context, new_tokens, rounds, threads)
     bundle, machine = open_bundle(full.bundle, verify=False), describe_machine()
     shape = "MiniCPM4-0.5B shape, random weights"
     ours = f"edge: {bundle.manifest.weights['description']}, {kv} KV cache"
     place = f"{machine.cpu_model}, {threads} threads"
     print_peers(f"{shape}; {place}\n{ours}", peers)
-    print_decode(cases, weight_bytes(bundle), rounds, new_tokens, other_cpu)
-    notes = [f"{shape}; edge from filled pools, llama.cpp after a prompt", ours, place]
-    write_text(plot, context_svg(notes, *plot_lines(cases, peers)))
+    print_decode(cases, filled, weight_bytes(bundle), f"{rounds} rounds and {new_tokens} steps", other_cpu)
+    notes = [f"{shape}; both engines from filled caches", ours, place]
+    write_text(plot, context_svg(notes, *plot_lines(cases, filled)))
     print(f"plot written to {plot}")
     if output is not None:
         values = {
@@ -165,6 +163,7 @@ def main(
             "kv": kv,
             "decode": [asdict(case) for case in cases],
             "decode_other_cpu": other_cpu,
+            "decode_llama_cpp": [{"mode": m, "context": n, "tok_s": rate} for (m, n), rate in filled.items()],
             "beside_llama_cpp": [
                 {"context": context, "layers": layers, "tok_s": {name: asdict(m) for name, m in row.items()}}
                 for (context, layers), row in peers.items()
@@ -181,41 +180,51 @@ def print_peers(title: str, peers: Mapping[tuple[int, int], Row]) -> None:
         print_table(f"{title}\nReal prompts, all {all_layers} layers if not said; decode at the median step", named)
 
 
-def print_decode(cases: Sequence[DecodeCase], weights: int, rounds: int, steps: int, other_cpu: float | None) -> None:
+def print_decode(
+    cases: Sequence[DecodeCase], filled: PeerDecode, weights: int, effort: str, other_cpu: float | None
+) -> None:
     """Speed and bytes of every case; the ratio to our own shortest context is paired by round."""
     shortest = cases[0].context
     title = (
-        f"Decode, {MINICPM4_05B.num_hidden_layers} layers, not prefilled: the pools hold random keys and values\n"
-        f"Medians of {rounds} rounds over all rows and {steps} steps; weights are {weights / MB:.0f} MB a step"
+        f"Decode, {MINICPM4_05B.num_hidden_layers} layers, from filled caches; medians of {effort}\n"
+        f"Weights are {weights / MB:.0f} MB a step; the ratio is to llama.cpp's faster mode"
     )
     table = Table(title=title, title_justify="left")
-    headings = ("context", "engine", "tok/s", f"of {shortest}", "KV MB", "minimum", "ratio", "all MB", "GB/s")
+    headings = ("context", "engine", "tok/s", "ratio", f"of {shortest}", "KV MB", "minimum", "", "all MB", "GB/s")
     for column in headings:
         table.add_column(column, justify="left" if column == "engine" else "right")
     first = {case.mode: case for case in cases if case.context == shortest}
-    for case in sorted(cases, key=lambda case: case.context):
-        name = next(name for name, mode in OURS.items() if mode == case.mode)
-        total = weights + case.pool_bytes
-        table.add_row(
-            str(case.context),
-            name,
-            f"{case.tok_s:.1f}",
-            f"{case.speed_against(first[case.mode]):.2f}x",
-            f"{case.pool_bytes / MB:.2f}",
-            f"{case.minimum_pool_bytes / MB:.2f}",
-            f"{case.pool_bytes / case.minimum_pool_bytes:.3f}",
-            f"{total / MB:.0f}",
-            f"{total * case.tok_s / GB:.1f}",
-        )
+    for context in sorted({case.context for case in cases}):
+        best = max(filled[name, context] for name in LLAMA)
+        for name, mode in OURS.items():
+            case = next(case for case in cases if (case.mode, case.context) == (mode, context))
+            total = weights + case.pool_bytes
+            table.add_row(
+                str(context),
+                name,
+                f"{case.tok_s:.1f}",
+                f"{case.tok_s / best:.2f}x",
+                f"{case.speed_against(first[case.mode]):.2f}x",
+                f"{case.pool_bytes / MB:.1f}",
+                f"{case.minimum_pool_bytes / MB:.1f}",
+                f"{case.pool_bytes / case.minimum_pool_bytes:.3f}",
+                f"{total / MB:.0f}",
+                f"{total * case.tok_s / GB:.1f}",
+            )
+        for name in LLAMA:
+            rate = filled[name, context]
+            short = name.replace(" Q4_0", "").replace(" attention", "")
+            table.add_row(str(context), short, f"{rate:.1f}", "", f"{rate / filled[name, shortest]:.2f}x")
+        table.add_section()
     console = Console(width=100, highlight=False)
     console.print(table)
     console.print(MINIMUM)
     if other_cpu is not None:
-        console.print(f"Other processes took {other_cpu:.0%} of the machine's CPU time meanwhile.")
+        console.print(f"Other processes took {other_cpu:.0%} of the machine's CPU time while ours was measured.")
 
 
-def plot_lines(cases: Sequence[DecodeCase], peers: Mapping[tuple[int, int], Row]) -> tuple[Lines, Lines]:
-    """tok/s over context, of llama.cpp the faster mode and only with all layers; megabytes read of the pools."""
+def plot_lines(cases: Sequence[DecodeCase], filled: PeerDecode) -> tuple[Lines, Lines]:
+    """tok/s over context, of llama.cpp the faster mode; megabytes read of the pools."""
     speed: dict[str, dict[int, float]] = {}
     read: dict[str, dict[int, float]] = {}
     least: dict[str, dict[int, float]] = {}
@@ -224,11 +233,8 @@ def plot_lines(cases: Sequence[DecodeCase], peers: Mapping[tuple[int, int], Row]
         speed[name] = {case.context: case.tok_s for case in ours}
         read[name] = {case.context: case.pool_bytes / MB for case in ours}
         least[f"{mode} minimum"] = {case.context: case.minimum_pool_bytes / MB for case in ours}
-    faster = {
-        context: max(median(row[name].decode) for name in LLAMA)
-        for (context, layers), row in peers.items()
-        if layers == MINICPM4_05B.num_hidden_layers
-    }
+    contexts = sorted({case.context for case in cases})
+    faster = {context: max(filled[name, context] for name in LLAMA) for context in contexts}
     return {**speed, "llama.cpp Q4_0": faster}, {**read, **least}
 
 

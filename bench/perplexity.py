@@ -1,4 +1,4 @@
-"""What each format of weights and KV cache costs in perplexity, on a real model and real prose that Python packages ship.
+"""What each format of weights and KV cache costs in perplexity, on a real model and prose that Python packages ship.
 
     python -m bench.perplexity                    # SmolLM2-135M-Instruct, 10,240 tokens; needs `make test` to have run
 

@@ -13,7 +13,7 @@ from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import Executor
 from edge.kv_cache import KVCache
-from edge.plan import EngineOptions, Plan, make_plan
+from edge.plan import ALWAYS_DENSE, EngineOptions, Plan, make_plan
 from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
@@ -164,14 +164,21 @@ class Engine:
         finally:
             self.cache.close(sequence.cache_id)
 
+    def _attention(self) -> str:
+        sparse = self.plan.sparse
+        if sparse is None or sparse.dense_len == ALWAYS_DENSE:
+            return "dense"
+        return f"sparse, {sparse.selected_blocks} blocks, from {max(sparse.dense_len, 0)} tokens on"
+
     def describe(self) -> dict[str, str]:
-        """Facts for reports: model, weights, executor, threads, KV type, bundle key."""
+        """Facts for reports: model, weights, executor, threads, KV type, attention, bundle key."""
         manifest = self.bundle.manifest
         return {
             "model": manifest.name,
             "weights": manifest.weights["description"],
             "target": manifest.target,
             **self._executor.describe(),
+            "attention": self._attention(),
             "bundle": manifest.key[:12],
         }
 

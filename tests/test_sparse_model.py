@@ -118,6 +118,8 @@ def test_the_prompts_length_decides_for_all_its_chunks(
 def test_attention_dense_is_dense(model: Model, dense: np.ndarray) -> None:
     engine = model.engine(attention="dense")
     assert engine.plan.sparse == replace(SPARSE, dense_len=ALWAYS_DENSE)
+    assert engine.describe()["attention"] == "dense"
+    assert model.engine().describe()["attention"] == "sparse, 5 blocks, from 0 tokens on"
     assert relative(engine.logits(ids_of(LENGTH), LENGTH), dense) <= 1e-5
 
 

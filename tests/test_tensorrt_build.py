@@ -21,6 +21,7 @@ from onnx import helper
 
 from build_engine.checkpoint import Checkpoint, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
+from build_engine.long_context import LongContext
 from build_engine.tensorrt import BuildOptions, build_engine
 from build_engine.tensorrt_flavour import alias_library, load_flavour
 from edge.bundle import GRAPH, MANIFEST, WEIGHTS, FileEntry, hash_file, open_bundle
@@ -76,6 +77,17 @@ def test_a_build_adds_an_engine_and_leaves_the_bundle_as_it_was(
     done = [message[0] for message in heard]
     assert done == sorted(done) and done[0] >= 0 and done[-1] <= heard[-1][1]
     assert "not been run" in report.describe()
+
+
+def test_sparse_attention_builds_as_its_function(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its settings are constants of the engine; the profiles hold the pools of compressed keys."""
+    long_context = LongContext("sparse", {"topk": 2, "window_size": 64, "dense_len": 128})
+    options = ExportOptions("rtx", FORMATS["exact"], long_context=long_context)
+    report = build_engine(export_bundle(checkpoint, tmp_path / "bundle", options), OPTIONS)
+    for profile in report.recipe.profiles:
+        assert "sparse_settings" not in profile.shapes
+        assert profile.shapes["c1_pool.1"][2] == (16, 2, 4, 16)
+    assert report.measured.bytes > 0
 
 
 def test_an_intact_engine_is_kept_and_a_damaged_one_built_again(bundle: Path) -> None:
