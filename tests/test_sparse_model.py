@@ -12,7 +12,7 @@ import pytest
 import plugins.ort.library
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
-from build_engine.formats import WeightFormat
+from build_engine.formats import WeightFormat, make_target
 from build_engine.long_context import LongContext
 from edge.bundle import open_bundle
 from edge.config import LongRope, SparseConfig
@@ -243,3 +243,35 @@ def test_unusable_export_options_are_refused(long_context: LongContext, problem:
     with pytest.raises(UsageError, match=problem):
         export(tmp_path, long_context)
     assert not (tmp_path / "bundle").exists()
+
+
+# ---- the type of the cache
+
+
+@pytest.mark.parametrize("sparse", [None, SPARSE])
+def test_a_bfloat16_cache_works_with_and_without_kernels(
+    sparse: SparseConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(write_hf_checkpoint(tmp_path / "model", replace(CONFIG, sparse=sparse, head_dim=32)))
+    options = {kv: ExportOptions(weights=WeightFormat("exact"), kv=kv) for kv in ("float32", "bfloat16")}
+    bundles = {kv: export_bundle(checkpoint, tmp_path / kv, options[kv]) for kv in options}
+    ids = ids_of(200)
+    wanted = open_engine(bundles["float32"], EngineOptions(context=256)).logits(ids, 200)
+    engine = open_engine(bundles["bfloat16"], EngineOptions(context=256))
+    assert engine.plan.kv * 2 == open_engine(bundles["float32"], EngineOptions(context=256)).plan.kv
+    assert 0 < relative(engine.logits(ids, 200), wanted) <= 2e-2
+    monkeypatch.setattr(plugins.ort.library, "find_library", lambda: None)
+    function = open_engine(bundles["bfloat16"], EngineOptions(context=256))
+    assert 0 < relative(function.logits(ids, 200), wanted) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    ("target", "kv", "problem"),
+    [
+        ("onnxruntime", "int4", "unknown --kv 'int4'"),
+        ("rtx", "bfloat16", "--target rtx stores keys and values as float16"),
+    ],
+)
+def test_unknown_cache_types_are_refused(target: str, kv: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        make_target(target, WeightFormat("exact"), kv)
