@@ -24,8 +24,15 @@ INSTRUCTION_SETS = {
     "aarch64": {"armv8_2": ["-march=armv8.2-a+fp16+dotprod"]},
 }
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-I."]
-# The last one: GCC 12's own AVX-512 headers trip it (_mm512_undefined_ps).
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-cast-function-type", "-Wno-maybe-uninitialized"]
+# The last two: GCC 12's own AVX-512 headers trip them (_mm512_undefined_ps).
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-cast-function-type",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 
 
 class BuildOperators(build_ext):

@@ -101,11 +101,14 @@ void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile,
       vf top = load(scores);
       for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
       float &row_max = buffer.tile.row_max[r], &row_sum = buffer.tile.row_sum[r];
-      const float new_max = std::max(row_max, max(top));
+      if (any_above(top, row_max)) {
+        const float new_max = max(top);
+        row_sum *= exp(splat(row_max - new_max))[0];
+        row_max = new_max;
+      }
       vf total{};
-      for (int t = 0; t < kPage; t += kWidth) total += exp(load(scores + t) - new_max);
-      row_sum = row_sum * exp(splat(row_max - new_max))[0] + sum(total);
-      row_max = new_max;
+      for (int t = 0; t < kPage; t += kWidth) total += exp(load(scores + t) - row_max);
+      row_sum += sum(total);
     }
   });
 }

@@ -134,15 +134,32 @@ inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 
 inline float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
   float s = 0;
   for (int i = 0; i < kWidth; ++i) s += v[i];
   return s;
+#endif
 }
 
 inline float max(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
   float m = v[0];
   for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
   return m;
+#endif
+}
+
+// Whether any value is greater than x.
+inline bool any_above(vf v, float x) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, splat(x), _CMP_GT_OQ) != 0;
+#else
+  return max(v) > x;
+#endif
 }
 
 // exp(x) for x <= 88: 2^n * p(r) with |r| <= ln2/2, relative error below 3e-7; 0 below -87.

@@ -123,8 +123,8 @@ template <class E>
 inline void softmax_row(const float* scores, E* weights, float* out, int64_t dim, float& row_max, float& row_sum) {
   vf top = load(scores);
   for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
-  const float new_max = std::max(row_max, max(top));
-  if (new_max > row_max) {
+  if (any_above(top, row_max)) {  // seldom, once a row has seen some blocks
+    const float new_max = max(top);
     const float correction = exp(splat(row_max - new_max))[0];
     row_sum *= correction;
     for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(out + c) * correction);
