@@ -15,7 +15,8 @@ Inputs, for T new tokens of B sequences, in the order of the operator:
 | switch_length | [B] int32 | the length that decides dense or sparse: the whole prompt's, then the context's |
 | sparse_settings | [4] int32 | dense_len (negative: always sparse), init, local and selected blocks |
 
-Outputs: output [T, Hq d], and the three pools after the step (executors bind the same memory).
+Outputs: output [T, Hq d], and the three pools after the step (executors bind the same memory). The order of values
+inside a page of kv_pool is the table's for the ONNX function; kernels have their own (plugins/paged_attention/tile.h).
 
 A window's average is stored with the window's *last* token: window j of stride 16 (tokens 16j .. 16j+31) is slot
 (j + 1) % 4 of the sequence's page (j + 1) // 4, window j of stride 64 (tokens 64j .. 64j+127) is on page j + 1. So a
