@@ -26,8 +26,7 @@ from edge.bundle import Bundle, open_bundle
 from edge.errors import EdgeError
 from edge.executor import StepBatch
 from edge.executors.onnxruntime import OnnxRuntimeExecutor
-from edge.kv_cache import pages_for, pool_shapes
-from edge.plan import KV_BYTES
+from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
 from plugins.ort.library import find_library, take_pool_bytes_read
 
 MODES = ("sparse", "dense")

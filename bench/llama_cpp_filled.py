@@ -24,7 +24,7 @@ def measure(model: str, context: int, new_tokens: int, flash: bool, threads: int
     """tok/s of the median step of one token after `context` others (rounded to whole parts)."""
     part = min(PART, context)
     parts = context // part
-    handle, state = open_context(model, part * parts + new_tokens + 8, parts, flash, threads)
+    handle, weights = open_context(model, part * parts + new_tokens + 8, parts, flash, threads)
     generator = np.random.default_rng(0)
     for start in range(0, part, 512):
         decode(handle, generator.integers(3, 70000, min(512, part - start)).tolist(), start)
@@ -35,23 +35,23 @@ def measure(model: str, context: int, new_tokens: int, flash: bool, threads: int
         decode(handle, [token], part + step)
         seconds.append(time.perf_counter() - started)
     llama.llama_free(handle)
-    llama.llama_model_free(state)
+    llama.llama_model_free(weights)
     return {"decode": 1 / float(np.median(seconds[1:])), "tokens": part * parts}
 
 
 def open_context(model: str, tokens: int, sequences: int, flash: bool, threads: int) -> tuple[object, object]:
     """(context, model) with one cache for all sequences."""
     llama.llama_backend_init()
-    state = llama.llama_model_load_from_file(model.encode(), llama.llama_model_default_params())
+    weights = llama.llama_model_load_from_file(model.encode(), llama.llama_model_default_params())
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = tokens, 512, 512
     params.n_seq_max, params.kv_unified = sequences, True
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = int(flash)
-    handle = llama.llama_init_from_model(state, params)
+    handle = llama.llama_init_from_model(weights, params)
     if not handle:
         raise MemoryError(f"llama.cpp has no room for {tokens} tokens")
-    return handle, state
+    return handle, weights
 
 
 def decode(handle: object, tokens: Sequence[int], position: int) -> None:

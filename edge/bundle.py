@@ -13,6 +13,7 @@ from typing import Any
 
 from edge.config import ModelConfig
 from edge.errors import EdgeError, UsageError
+from edge.kv_cache import KV_BYTES
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,7 +79,7 @@ class Manifest:
         sound = {
             "name": isinstance(self.name, str),
             "weights": all(isinstance(self.weights[k], str) for k in ("kind", "description")),
-            "types": all(self.types[k] in ("float16", "bfloat16", "float32") for k in ("activation", "kv")),
+            "types": all(self.types[k] in KV_BYTES for k in ("activation", "kv")),
             "limits": type(self.limits["max_context"]) is int and self.limits["max_context"] > 0,
             "text": self.text is None or isinstance(self.text, dict),
             "generation": isinstance(self.generation, dict),

@@ -6,6 +6,8 @@ from edge.config import ModelConfig
 from edge.errors import EdgeError
 from plugins import PAGE_TOKENS
 
+KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a value, by the types that a cache may have
+
 
 def pages_for(tokens: int) -> int:
     """Pages that `tokens` tokens occupy."""

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from edge.bundle import WEIGHTS, Bundle
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
-from edge.kv_cache import pages_for, pool_shapes
+from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
 from edge.machine import available_memory, usable_cores
 from plugins import PAGE_TOKENS
 
 MIB = 1 << 20
 # The interpreter with numpy and ONNX Runtime loaded, before any model.
 PROCESS_BYTES = 160 << 20
-KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TILE_ROWS = 512  # query rows of one attention task (plugins/paged_attention/cpu.h)
 ALWAYS_DENSE = 2**31 - 1  # a dense_len that no sequence reaches
 

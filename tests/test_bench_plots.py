@@ -131,7 +131,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_colours_have_readable_contrast_in_both_modes(mode: int) -> None:
-    style = (Path(edge.bench.__file__).parent / "report.html").read_text().split("* { box-sizing")[0]
+    style = (Path(edge.bench.__file__).parent / "page.css").read_text().split("* { box-sizing")[0]
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style.split("prefers-color-scheme: dark")[mode]))
     assert {f"s{n}" for n in range(svg.COLOURS)} | {"text", "muted", "note"} <= set(colours)
     for surface in ("card", "page"):

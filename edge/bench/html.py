@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -53,12 +54,18 @@ class Figure:
     plot: Markup
 
 
-def render_html(report: Report) -> str:
-    """The whole page as text; everything that comes from the report is escaped."""
+def render_page(template: Path, **values: Any) -> str:
+    """A page from its template; `style` is the style sheet that all reports share. Values are escaped."""
     strict = jinja2.StrictUndefined
     environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return template.render(
+    style = Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(style=style, **values)
+
+
+def render_html(report: Report) -> str:
+    """The whole page as text; everything that comes from the report is escaped."""
+    return render_page(
+        Path(__file__).with_name("report.html"),
         report=report,
         model=model_line(report),
         machine=machine_line(report.machine),

@@ -11,7 +11,7 @@ import typer
 from edge.bench.report import write_text
 from edge.cli import options as opt
 from edge.cli.console import note, out, progress_bar
-from edge.cli.generate import load_tokenizer
+from edge.cli.generate import load_tokenizer, read_text
 from edge.engine import Engine
 from edge.errors import UsageError
 from edge.eval.languages import ENGLISH, LANGUAGES
@@ -137,12 +137,8 @@ def _sentences(path: Path) -> tuple[str, ...]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # the mark that some editors put first is no text
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}); give a readable text file") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+    """The text with the line ends that the rest of the world has, so that they are worth one token everywhere."""
+    return read_text(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _settings(

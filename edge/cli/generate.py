@@ -258,7 +258,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise UsageError("--prompt and --file were both given; choose one")
     if file is not None and str(file) != "-":
-        text = _decode(_read_file(file), str(file))
+        text = read_text(file)
     elif prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin is None or (prompt is None and file is None and sys.stdin.isatty()):
@@ -270,11 +270,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _read_file(path: Path) -> bytes:
+def read_text(path: Path) -> str:
+    """A file's text, or a sentence why there is none."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}); give a readable text file") from None
+    return _decode(data, str(path))
 
 
 def _decode(data: bytes, source: str) -> str:

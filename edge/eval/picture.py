@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
-import edge.bench
 from edge.bench import svg
+from edge.bench.html import render_page
 from edge.bench.tables import format_number
 from edge.eval.report import (
     SCHEMA_VERSION,
@@ -105,19 +103,16 @@ def heat_map(task: str, rows: Sequence[Result]) -> HeatMap:
 
 def render_html(report: EvalReport) -> str:
     """The whole page as text; everything that comes from the report is escaped."""
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     model, machine, execution = where_lines(report)
     rows = results(report)
-    return template.render(
+    return render_page(
+        Path(__file__).with_name("report.html"),
         report=report,
         model=model,
         machine=machine,
         execution=execution,
         workload=workload_line(report),
         attention=attention_line(report.settings.sparse),
-        style=_style_of_the_benchmark_page(),
         maps=_maps(rows),
         over_length=_over_length(rows),
         rows=rows,
@@ -166,12 +161,3 @@ def _over_length(rows: Sequence[Result]) -> Markup | None:
     y = svg.Axis("Score (% of references found)", 0.0, 110.0, ticks)
     x = svg.log2_axis(LENGTH_AXIS, lengths)
     return Markup(svg.line_plot("plot-length", "Score over length", said, x, y, series))
-
-
-def _style_of_the_benchmark_page() -> Markup:
-    """Both reports look alike: this page takes the style sheet that is written in the other."""
-    page = Path(edge.bench.__file__).with_name("report.html").read_text(encoding="utf-8")
-    found = re.search("<style>(.*?)</style>", page, re.DOTALL)
-    if found is None:
-        raise AssertionError("the benchmark page has a style sheet")
-    return Markup(found[1])

@@ -98,14 +98,8 @@ void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile,
       if (visible <= (u == 0)) continue;
       if (u == 0) scores[0] = -std::numeric_limits<float>::infinity();
       if (visible < kPage) std::fill(scores + visible, scores + kPage, -std::numeric_limits<float>::infinity());
-      vf top = load(scores);
-      for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
       float &row_max = buffer.tile.row_max[r], &row_sum = buffer.tile.row_sum[r];
-      if (any_above(top, row_max)) {
-        const float new_max = max(top);
-        row_sum *= exp(splat(row_max - new_max))[0];
-        row_max = new_max;
-      }
+      row_sum *= raise_maximum(scores, row_max);
       vf total{};
       for (int t = 0; t < kPage; t += kWidth) total += exp(load(scores + t) - row_max);
       row_sum += sum(total);

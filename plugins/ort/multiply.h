@@ -47,7 +47,7 @@ inline void multiply_columns(const E* a, int64_t lda, const E* b, int64_t ldb, f
 // C[rows x columns] += A B; columns is a multiple of 16. `aside` runs along, as to prefetch what comes next.
 template <class E, class Aside = Idle>
 inline void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                     int64_t columns, int64_t k_count, Aside aside = {}) {
+                     int64_t columns, int64_t k_count, Aside&& aside = {}) {
   constexpr int kVectors = kWidth == 8 ? 2 : 4;  // 6 x kVectors accumulators fill the register file
   int64_t n = 0;
   for (; n + kVectors * kWidth <= columns; n += kVectors * kWidth)

@@ -175,7 +175,7 @@ inline void merge(Partial* parts, int64_t count, int64_t rows, int64_t dim) {
   }
 }
 
-// Attention of every tile over the blocks that choose(i) gives for tile i.
+// Attention of every tile over the blocks of its choice.
 template <class T, class E, class Choices>
 void attend(const AttentionStep& s, const T* pool, const std::vector<TokenTile>& tiles, const Choices& choices,
             Parallel parallel) {

@@ -118,17 +118,22 @@ struct Tile {
   }
 };
 
+// Raises the maximum that a row has seen to that of 64 further scores; -> what earlier sums are to be multiplied with.
+inline float raise_maximum(const float* scores, float& row_max) {
+  vf top = load(scores);
+  for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
+  if (!any_above(top, row_max)) return 1.0f;  // the usual case, once a row has seen some blocks
+  const float old_max = row_max;
+  row_max = max(top);
+  return exp(splat(old_max - row_max))[0];
+}
+
 // Online softmax of one row over one block: `weights` from scores; `out` and `row_sum` move to the new maximum.
 template <class E>
 inline void softmax_row(const float* scores, E* weights, float* out, int64_t dim, float& row_max, float& row_sum) {
-  vf top = load(scores);
-  for (int t = kWidth; t < kPage; t += kWidth) top = max(top, load(scores + t));
-  if (any_above(top, row_max)) {  // seldom, once a row has seen some blocks
-    const float new_max = max(top);
-    const float correction = exp(splat(row_max - new_max))[0];
+  if (const float correction = raise_maximum(scores, row_max); correction != 1.0f) {
     row_sum *= correction;
     for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(out + c) * correction);
-    row_max = new_max;
   }
   vf total{};
   for (int t = 0; t < kPage; t += kWidth) {
@@ -169,7 +174,7 @@ struct LoadedBlock {
 
 // Rows [first, last) of the tile against a block, of which row r sees `visible(r)` > 0 leading tokens.
 template <class E, class Visible>
-inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim, const LoadedBlock<E>& block,
+inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim, LoadedBlock<E>& block,
                         Visible visible) {
   constexpr int64_t per = kPerElement<E>;
   const int64_t rows = last - first;
