@@ -7,6 +7,8 @@ rewrite a slot that never holds one, the first of their sequence, with what it h
 anything, even NaN.
 """
 
+from plugins.paged_attention.function import ROW_SEQUENCES, VISIBLE_KEYS
+
 
 def _index(name: str, shape: str, *parts: str) -> str:
     """`name` [*shape, len(parts)] for GatherND and ScatterND; parts broadcast to `shape`, which ends in 1."""
@@ -21,7 +23,7 @@ def _constants(kind: str, **values: object) -> str:
 
 _CONSTANTS = (
     _constants("value_int", zero=0, one=1, two=2, page_tokens=64)
-    + _constants("value_ints", axis0=[0], axis1=[1], axis2=[2], axis3=[3], minus_one=[-1], far_end=[2147483647])
+    + _constants("value_ints", axis0=[0], axis1=[1], axis2=[2], axis3=[3], minus_one=[-1])
     + _constants("value_ints", axes12=[1, 2], axes23=[2, 3], axes123=[1, 2, 3], end_pads=[0, 0, 0, 0, 0, 1])
     + _constants("value_float", nothing_wide=0.0, one_wide=1.0, lowest_wide=-3e38, highest_wide=3e38)
     + _constants("value_float", removed_wide=-1.0, largest_exponent=80.0)
@@ -63,16 +65,8 @@ _ROTATE = """
 """
 
 _APPEND = (
-    """
-    token_count = Shape(positions)
-    tokens = Squeeze(token_count, axis0)
-    rows = Range(zero, tokens, one)
-    query_start_wide = Cast<to = 7>(query_start)
-    query_end = Slice(query_start_wide, axis1, far_end)
-    rows_column = Unsqueeze(rows, axis1)
-    ended = LessOrEqual(query_end, rows_column)
-    ended_count = Cast<to = 7>(ended)
-    sequence = ReduceSum<keepdims = 0>(ended_count, axis1)
+    ROW_SEQUENCES
+    + """
     sequence_column = Unsqueeze(sequence, axis1)
 
     position = Cast<to = 7>(positions)
@@ -333,7 +327,8 @@ _GATHER_SELECTED = (
 """
 )
 
-_MASK_ALL = """
+_MASK_ALL = (
+    """
         kept_number = Cast<to = 1>(kept)
         kept_heads = Expand(kept_number, best_shape)
         chosen_shape = Concat<axis = 0>(hkv, token_count, pages_per_sequence_1d)
@@ -351,18 +346,9 @@ _MASK_ALL = """
         k_flat = CastLike(k_flat_stored, qkv)
         v_flat_any = CastLike(v_flat_stored, qkv)
 
-        keys_per_sequence = Mul(pages_per_sequence, page_tokens)
-        key_count = Mul(table_size, page_tokens)
-        key_range = Range(zero, key_count, one)
-        key_sequence = Div(key_range, keys_per_sequence)
-        key_position = Mod(key_range, keys_per_sequence)
-        same_sequence = Equal(key_sequence, sequence_column)
-        not_future = LessOrEqual(key_position, position_column)
-        visible = And(same_sequence, not_future)
-        visible_number = Cast<to = 1>(visible)
-        written_number = ReduceMax<keepdims = 0>(visible_number, axis0)
-        written = Cast<to = 9>(written_number)
-        written_column = Unsqueeze(written, axis1)
+"""
+    + VISIBLE_KEYS
+    + """
         v_flat = Where(written_column, v_flat_any, nothing)
 
         key_block = Div(key_position, page_tokens)
@@ -378,6 +364,7 @@ _MASK_ALL = """
         by_token = Transpose<perm = [2, 0, 1, 3]>(mixed)
         all_masked = Cast<to = 1>(by_token)
 """
+)
 
 _ATTEND = f"""
     few_rows = LessOrEqual(token_count, sequences)

@@ -5,7 +5,38 @@ masked, so its memory is O(Hq * T * B * P * 64); the kernels never build that ma
 the product, which float16 could not hold otherwise, and slots that no row sees may hold anything, even NaN.
 """
 
-PAGED_ATTENTION = """
+# To which sequence each row of a step belongs: as many as end at or before it. Shared with edge.InfLLMv2Attention.
+ROW_SEQUENCES = """
+    token_count = Shape(positions)
+    tokens = Squeeze(token_count, axis0)
+    rows = Range(zero, tokens, one)
+    far_end = Constant<value_ints = [2147483647]>()
+    query_start_wide = Cast<to = 7>(query_start)
+    query_end = Slice(query_start_wide, axis1, far_end)
+    rows_column = Unsqueeze(rows, axis1)
+    ended = LessOrEqual(query_end, rows_column)
+    ended_count = Cast<to = 7>(ended)
+    sequence = ReduceSum<keepdims = 0>(ended_count, axis1)
+"""
+
+# Every key of the batch against every row, and which keys any row sees. Shared with edge.InfLLMv2Attention.
+VISIBLE_KEYS = """
+    keys_per_sequence = Mul(pages_per_sequence, page_tokens)
+    key_count = Mul(table_size, page_tokens)
+    key_range = Range(zero, key_count, one)
+    key_sequence = Div(key_range, keys_per_sequence)
+    key_position = Mod(key_range, keys_per_sequence)
+    same_sequence = Equal(key_sequence, sequence_column)
+    not_future = LessOrEqual(key_position, position_column)
+    visible = And(same_sequence, not_future)
+    visible_number = Cast<to = 1>(visible)
+    written_number = ReduceMax<keepdims = 0>(visible_number, axis0)
+    written = Cast<to = 9>(written_number)
+    written_column = Unsqueeze(written, axis1)
+"""
+
+PAGED_ATTENTION = (
+    """
 <domain: "edge", opset_import: ["" : 21]>
 PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plugin_version>
     (qkv, cos, sin, kv_pool, positions, query_start, page_table) => (output, kv_pool_out)
@@ -53,17 +84,9 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     k_rot_second = Add(k_sc, k_fs)
     k_rot = Concat<axis = -1>(k_rot_first, k_rot_second)
 
-    token_count = Shape(positions)
-    tokens = Squeeze(token_count, axis0)
-    rows = Range(zero, tokens, one)
-    far_end = Constant<value_ints = [2147483647]>()
-    query_start_wide = Cast<to = 7>(query_start)
-    query_end = Slice(query_start_wide, axis1, far_end)
-    rows_column = Unsqueeze(rows, axis1)
-    ended = LessOrEqual(query_end, rows_column)
-    ended_count = Cast<to = 7>(ended)
-    sequence = ReduceSum<keepdims = 0>(ended_count, axis1)
-
+"""
+    + ROW_SEQUENCES
+    + """
     position = Cast<to = 7>(positions)
     table = Cast<to = 7>(page_table)
     page_index = Div(position, page_tokens)
@@ -107,21 +130,11 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
 
     table_shape = Shape(table)
     pages_per_sequence = Gather<axis = 0>(table_shape, one)
-    keys_per_sequence = Mul(pages_per_sequence, page_tokens)
     table_size = Size(table)
-    key_count = Mul(table_size, page_tokens)
-    key_range = Range(zero, key_count, one)
-    key_sequence = Div(key_range, keys_per_sequence)
-    key_position = Mod(key_range, keys_per_sequence)
     position_column = Unsqueeze(position, axis1)
-    same_sequence = Equal(key_sequence, sequence_column)
-    not_future = LessOrEqual(key_position, position_column)
-    visible = And(same_sequence, not_future)
-    visible_number = Cast<to = 1>(visible)
-    written_number = ReduceMax<keepdims = 0>(visible_number, axis0)
-    written = Cast<to = 9>(written_number)
-    written_column = Unsqueeze(written, axis1)
-    nothing_wide = Constant<value_float = 0.0>()
+"""
+    + VISIBLE_KEYS
+    + """    nothing_wide = Constant<value_float = 0.0>()
     nothing = CastLike(nothing_wide, qkv)
     v_flat = Where(written_column, v_flat_any, nothing)
 
@@ -139,3 +152,4 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     output = Reshape(by_token, output_shape)
 }
 """
+)
