@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,11 @@ class Launch:
     grid: tuple[int, int, int]
     arguments: tuple[Argument, ...]
     shared_bytes: int = 0
+
+    def bind(self, names: Mapping[str, str]) -> Launch:
+        """The launch on other buffers: `names` says what a buffer is called now; others keep their names."""
+        bound = (names.get(a, a) if isinstance(a, str) else a for a in self.arguments)
+        return replace(self, arguments=tuple(bound))
 
     def pack(self, addresses: Mapping[str, int]) -> bytes:
         """The struct as C lays it out, buffers replaced by their addresses."""

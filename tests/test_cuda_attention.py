@@ -153,7 +153,8 @@ def problems_of(element: str, kv: str, head_dim: int) -> list[tuple[Problem, int
     single = make_problem(8, [(200, 2), (3, 2)], heads=2, kv_heads=2, use_nope=True, **base)
     tree = make_problem(9, [(60, 12), (0, 9), (130, 1)], heads=16, kv_heads=2, tree=True, **base)
     both = make_problem(10, [(250, 20)], heads=16, kv_heads=1, tree=True, limit=2, **base)
-    return [*problems, (sparse, 0), (sparse, 1), (sparse, 3), (single, 0), (tree, 0), (tree, 2), (both, 0), (both, 1)]
+    deep = make_problem(11, [(699, 2)], heads=4, kv_heads=1, **base)  # more blocks than a split has warps
+    return [*problems, (deep, 2), (sparse, 0), (sparse, 1), (sparse, 3), (single, 0), (tree, 0), (tree, 2), (both, 0), (both, 1)]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -182,6 +183,13 @@ def test_decode_reads_each_key_and_value_once(route: str, kv: str, head_dim: int
     least = tokens * 2 * (head_dim * size + (4 if kv == "int8" else 0)) + problem.buffers["q"].nbytes
     assert sum(report.read.values()) <= 1.05 * least
     assert report.read["kv_pool"] == tokens * 2 * head_dim * size
+
+
+@pytest.mark.parametrize("splits", [0, 1])
+def test_a_row_that_sees_nothing_is_zero(splits: int) -> None:
+    problem = make_problem(0, [(0, 1)], heads=2, kv_heads=1, head_dim=64, tree=True)
+    problem.buffers["tree_mask"][:] = 0
+    run_problems("fast", 0, [(replace(problem, expected=np.zeros_like(problem.expected)), splits)])
 
 
 def test_shapes_without_a_kernel_are_refused() -> None:
