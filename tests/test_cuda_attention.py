@@ -154,7 +154,8 @@ def problems_of(element: str, kv: str, head_dim: int) -> list[tuple[Problem, int
     tree = make_problem(9, [(60, 12), (0, 9), (130, 1)], heads=16, kv_heads=2, tree=True, **base)
     both = make_problem(10, [(250, 20)], heads=16, kv_heads=1, tree=True, limit=2, **base)
     deep = make_problem(11, [(699, 2)], heads=4, kv_heads=1, **base)  # more blocks than a split has warps
-    return [*problems, (deep, 2), (sparse, 0), (sparse, 1), (sparse, 3), (single, 0), (tree, 0), (tree, 2), (both, 0), (both, 1)]
+    with_splits = [(deep, 2), (sparse, 1), (sparse, 3), (tree, 2), (both, 1)]
+    return [*problems, *with_splits, *((problem, 0) for problem in (sparse, single, tree, both))]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

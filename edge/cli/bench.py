@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from edge.cli import options as opt
-from edge.cli.console import note, out, progress_bar
+from edge.cli.console import note, out, print_json, progress_bar
 from edge.errors import UsageError
 
 
 def bench(
-    bundle: opt.BundlePath,
+    invocation: typer.Context,
+    bundle: Annotated[Path | None, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="No bundle, no run: what the compiled CUDA kernels cost, and bounds.")
+    ] = False,
     contexts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "128,512,2048",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after each prompt.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Repetitions of each length, after one warm-up.")] = 3,
@@ -30,12 +34,21 @@ def bench(
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
 
+    With --static nothing runs: what the compiled CUDA kernels use, and upper bounds of the decode speed on GPUs.
+
     Examples:
 
       edge bench bundle
 
       edge bench bundle --contexts 512,8192 --html report.html
+
+      edge bench --static --json
     """
+    if static:
+        _report_static(invocation, json)
+        return
+    if bundle is None:
+        raise UsageError("no bundle to measure; give the folder that `edge export` wrote, or --static")
     from edge.bench.html import render_html
     from edge.bench.measure import BenchCase
     from edge.bench.report import run_bench, to_json, write_text
@@ -43,21 +56,40 @@ def bench(
     from edge.bench.tables import terminal
 
     cases = [BenchCase(length, new_tokens) for length in _lengths(contexts)]
-    for path in (html, markdown, output):
-        if path is not None:
-            opt.check_output(path)
+    reports = [(html, render_html), (markdown, as_markdown), (output, to_json)]
+    wanted = [(path, render) for path, render in reports if path is not None]
+    for path, _ in wanted:
+        opt.check_output(path)
     longest = max(case.prompt_tokens for case in cases) + new_tokens
     engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
-    for path, render in ((html, render_html), (markdown, as_markdown), (output, to_json)):
-        if path is not None:
-            write_text(path, render(report))
-            note(f"report written to {path}")
+    for path, render in wanted:
+        write_text(path, render(report))
+        note(f"report written to {path}")
     if json:
         print(to_json(report))
     else:
         out.print(terminal(report))
+
+
+def _report_static(invocation: typer.Context, json: bool) -> None:
+    """Compile the kernels and print their costs; UsageError if any option but --json was given."""
+    for name in invocation.params:
+        source = invocation.get_parameter_source(name)
+        if name not in ("static", "json") and source is not None and source.name == "COMMANDLINE":
+            what = "a bundle" if name == "bundle" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"--static runs nothing, so {what} has no meaning beside it; leave one of them out")
+    from edge.bench.static import bounds, terminal, to_values
+    from plugins.build.budgets import measure
+    from plugins.build.registry import product_launches
+
+    with progress_bar("compiling", quiet=json) as progress:
+        costs = measure(product_launches().values(), progress)
+    if json:
+        print_json(to_values(costs, bounds()))
+    else:
+        out.print(terminal(costs, bounds()))
 
 
 def _lengths(text: str) -> list[int]:

@@ -134,7 +134,7 @@ def attend_tiles(shape: AttentionShape, scale: float) -> Launch:
 
 
 def attend_split(shape: AttentionShape, scale: float, splits: int) -> Launch:
-    """q, kv_pool -> partial, partial_softmax: a tile's blocks are dealt to `splits` thread blocks. For decode steps."""
+    """q, kv_pool -> partial, partial_softmax: a tile's blocks dealt to `splits` thread blocks; for decode steps."""
     kernel = _kernel("attend.cu", "attend_split", shape, _SPLIT_WARPS, "AttendArguments", 1)
     meeting = _SPLIT_WARPS * ROWS * ((shape.head_dim + 8) * 4 + 8)
     return Launch(kernel, (splits, shape.kv_heads, shape.tiles), _attend(shape, scale, splits, None, *_PARTS), meeting)
@@ -188,7 +188,7 @@ def _attend(
 
 def product_launches() -> dict[str, Launch]:
     """What MiniCPM4-8B and 0.5B launch: a prompt of 512 tokens, and a decode step with 96 blocks of 128K tokens."""
-    launches = {}
+    launches: dict[str, Launch] = {}
     for model, heads, head_dim in (("8b", 32, 128), ("0.5b", 16, 64)):
         for element in ("half", "bf16"):
             for kv_element in (element, "uint8_t"):
