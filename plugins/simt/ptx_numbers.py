@@ -23,6 +23,7 @@ DTYPES |= {f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "bu" for bits 
 DTYPES |= {f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)}
 
 SMALLEST_NORMAL = np.finfo(np.float32).tiny
+NAN = np.uint16(0x7FFF)  # the only one that half and bf16 instructions make
 
 
 def decode(kind: str, bits: np.ndarray) -> np.ndarray:
@@ -37,7 +38,7 @@ def decode(kind: str, bits: np.ndarray) -> np.ndarray:
 def encode(kind: str, values: np.ndarray) -> np.ndarray:
     """float64 values -> registers of type `kind`, rounded to nearest even once."""
     if kind in ("f16", "f16x2"):
-        return values.astype(np.float16).view(DTYPES[kind])
+        return np.where(np.isnan(values), NAN, values.astype(np.float16).view(np.uint16)).view(DTYPES[kind])
     if kind in ("bf16", "bf16x2"):
         return _to_bf16(values).view(DTYPES[kind])
     return values.astype(DTYPES[kind])
@@ -50,7 +51,7 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
     odd = (bits - (np.abs(nearest) > np.abs(values))) | (nearest != values)
     odd = odd.astype(np.uint32)
     rounded = (odd + np.uint32(0x7FFF) + ((odd >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
+    return np.where(np.isnan(values), NAN, rounded.astype(np.uint16))
 
 
 def sum_to_odd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
