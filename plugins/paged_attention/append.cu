@@ -98,7 +98,8 @@ DEVICE void append(const AppendArguments& a) {
 #pragma unroll
   for (int i = 0; i < D / 32; ++i) x[i] = to_float(source[lane + 32 * i]);
 
-  const float *cos = a.cos + static_cast<int64_t>(token) * (D / 2), *sin = a.sin + static_cast<int64_t>(token) * (D / 2);
+  const int64_t angles = static_cast<int64_t>(token) * (D / 2);
+  const float *cos = a.cos + angles, *sin = a.sin + angles;
   if (head < a.heads) {
     rotate<T, D>(x, cos, sin);
     T* q = reinterpret_cast<T*>(a.q) + (static_cast<int64_t>(token) * a.heads + head) * D;
@@ -107,7 +108,8 @@ DEVICE void append(const AppendArguments& a) {
     return;
   }
   const int position = a.positions[token], slot = position % PAGE_TOKENS;
-  const int page = a.page_table[static_cast<int64_t>(sequence_of_token(a, token)) * a.table_width + position / PAGE_TOKENS];
+  const int* pages = a.page_table + static_cast<int64_t>(sequence_of_token(a, token)) * a.table_width;
+  const int page = pages[position / PAGE_TOKENS];
   KV* pool = reinterpret_cast<KV*>(a.kv_pool);
   const bool is_key = head < a.heads + a.kv_heads;
   const int kv_head = head - a.heads - (is_key ? 0 : a.kv_heads);

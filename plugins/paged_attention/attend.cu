@@ -19,14 +19,15 @@ DEVICE int64_t row_of(const AttendArguments& a, const Tile& tile, int kv_head, i
 template <class T, int D, class KV, int WARPS>
 DEVICE void attend_tiles(const AttendArguments& a) {
   const int kv_head = blockIdx.y, group = a.heads / a.kv_heads, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const Tile tile = find_tile(a, blockIdx.x * WARPS + threadIdx.x / 32);
+  const Tile tile = find_tile(a, blockIdx.x * WARPS + warp_index());
   if (!tile.tokens) return;
   const int rows = tile.tokens * group;
 
   Queries<D> queries;
   load_queries<T, D, KV>(queries, rows, [&](int row) { return a.q + row_of<D>(a, tile, kv_head, group, row); });
   Attended<D> attended;
-  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks_of(a, tile, kv_head), sight_of(a, tile, group), kv_head, 0, 1);
+  const Blocks blocks = blocks_of(a, tile, kv_head);
+  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks, sight_of(a, tile, group), kv_head, 0, 1);
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -97,8 +98,9 @@ DEVICE void attend_split(const AttendArguments& a) {
   __syncthreads();  // `meet` uses the same memory
 
   Attended<D> attended;
-  const int warp = split * WARPS + threadIdx.x / 32, warps = gridDim.x * WARPS;
-  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks_of(a, tile, kv_head), sight_of(a, tile, group), kv_head, warp, warps);
+  const int warp = split * WARPS + warp_index(), warps = gridDim.x * WARPS;
+  const Blocks blocks = blocks_of(a, tile, kv_head);
+  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks, sight_of(a, tile, group), kv_head, warp, warps);
   const int64_t first_row = ((static_cast<int64_t>(split) * gridDim.z + blockIdx.z) * a.kv_heads + kv_head) * 16;
   meet<D, WARPS>(a, attended, reinterpret_cast<float*>(shared), rows, first_row);
 }

@@ -12,7 +12,7 @@ struct AttendArguments {
   const uint8_t* kv_pool;     // [pages, planes, KV heads, PAGE * D] KV
   const float* kv_scales;     // [pages, planes, KV heads, PAGE]; only with bytes
   const int* positions;       // [tokens] cache slots, consecutive in a sequence
-  const int* query_start;     // [sequences + 1]
+  const int* query_start;     // [sequences + 1], from 0
   const int* page_table;      // [sequences, table_width]
   const int* blocks;          // [tokens, KV heads, limit] ascending; null: all rows are dense
   const int* block_counts;    // [tokens, KV heads]; 0: this row is dense
@@ -24,27 +24,33 @@ struct AttendArguments {
   float scale_log2;  // scale * log2(e)
 };
 
-// One number for the whole warp, read by one lane.
+// A warp never diverges here, which ptxas must see: else the inner loop's shuffles and mma get a second, slow copy for
+// lanes that went apart. It trusts numbers read from a common address, shuffles of what is common, and votes.
+
+// One number for the whole warp, read by one lane. Not to branch on in a loop.
 DEVICE int read_once(const int* p) { return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? *p : 0, 0); }
+
+DEVICE int warp_index() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0); }
 
 // 16 rows of one KV head: row r is query head r % group of token `first` + r / group.
 struct Tile {
   int sequence, first, tokens;
+  int start, end;  // the sequence's tokens
 };
 
 // Tile `index`, counting sequence by sequence; `tokens` is 0 if there are fewer.
 DEVICE Tile find_tile(const AttendArguments& a, int index) {
-  int start = read_once(a.query_start);
+  int start = 0;
   for (int s = 0; s < a.sequences; ++s) {
-    const int end = read_once(a.query_start + s + 1), tiles = (end - start + a.tile_tokens - 1) / a.tile_tokens;
+    const int end = a.query_start[s + 1], tiles = (end - start + a.tile_tokens - 1) / a.tile_tokens;
     if (index < tiles) {
       const int first = start + index * a.tile_tokens;
-      return {s, first, min(a.tile_tokens, end - first)};
+      return {s, first, min(a.tile_tokens, end - first), start, end};
     }
     index -= tiles;
     start = end;
   }
-  return {0, 0, 0};
+  return {};
 }
 
 // The blocks a tile attends to: a list, or 0 .. count - 1.
@@ -75,13 +81,12 @@ struct Sight {
 };
 
 DEVICE Sight sight_of(const AttendArguments& a, const Tile& tile, int group) {
-  const int start = read_once(a.query_start + tile.sequence), last = read_once(a.query_start + tile.sequence + 1) - 1;
   const int lane = threadIdx.x % 32;
   const int position = lane < tile.tokens ? a.positions[tile.first + lane] : -1;
   const uint64_t tree = lane < tile.tokens && a.tree_mask ? a.tree_mask[tile.first + lane] : 0;
   Sight sight;
-  sight.end = read_once(a.positions + last) + 1;
-  sight.tree_start = a.tree_mask ? read_once(a.positions + start) : sight.end;
+  sight.end = read_once(a.positions + tile.end - 1) + 1;
+  sight.tree_start = a.tree_mask ? read_once(a.positions + tile.start) : sight.end;
   sight.clear = min(__shfl_sync(~0u, position, 0) + 1, sight.tree_start);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -278,14 +283,15 @@ template <class T, int D, class KV, bool MASKED>
 DEVICE void attend_block(Attended<D>& so_far, const Queries<D>& queries, const AttendArguments& a, const Sight& sight,
                          int kv_head, int block, int page) {
   using L = Layout<T, KV>;
-  const int64_t plane = static_cast<int64_t>(page) * a.planes * a.kv_heads + kv_head;
-  const KV* keys = reinterpret_cast<const KV*>(a.kv_pool) + plane * (PAGE * D);
-  const KV* values = keys + static_cast<int64_t>(a.kv_heads) * (PAGE * D);
+  // Counted in planes, a pool that any device holds fits in 31 bits.
+  const int key_plane = page * a.planes * a.kv_heads + kv_head, value_plane = key_plane + a.kv_heads;
+  const KV* keys = reinterpret_cast<const KV*>(a.kv_pool) + static_cast<int64_t>(key_plane) * (PAGE * D);
+  const KV* values = reinterpret_cast<const KV*>(a.kv_pool) + static_cast<int64_t>(value_plane) * (PAGE * D);
   float2 key_scales, value_scales;
   if constexpr (L::BYTES) {
-    const float2* scales = reinterpret_cast<const float2*>(a.kv_scales + plane * PAGE) + threadIdx.x % 32;
-    key_scales = __ldg(scales);
-    value_scales = __ldg(scales + a.kv_heads * (PAGE / 2));
+    const float2* scales = reinterpret_cast<const float2*>(a.kv_scales) + threadIdx.x % 32;
+    key_scales = __ldg(scales + static_cast<int64_t>(key_plane) * (PAGE / 2));
+    value_scales = __ldg(scales + static_cast<int64_t>(value_plane) * (PAGE / 2));
     const int left = sight.end - block * PAGE - 2 * static_cast<int>(threadIdx.x % 32);
     if (MASKED && left < 2) value_scales = make_float2(left == 1 ? value_scales.x : 0, 0);
   }
@@ -316,13 +322,13 @@ DEVICE void attend_blocks(Attended<D>& so_far, const Queries<D>& queries, const 
                           const Blocks& blocks, const Sight& sight, int kv_head, int first, int step) {
   const int* pages = a.page_table + static_cast<int64_t>(tile.sequence) * a.table_width;
   int j = first;
-  for (; j < blocks.count; j += step) {
+  for (; __any_sync(~0u, j < blocks.count); j += step) {
     const int block = blocks.at(j);
-    if ((block + 1) * PAGE > sight.clear) break;
+    if (__any_sync(~0u, (block + 1) * PAGE > sight.clear)) break;
     attend_block<T, D, KV, false>(so_far, queries, a, sight, kv_head, block, read_once(pages + block));
   }
 #pragma unroll 1
-  for (; j < blocks.count; j += step) {
+  for (; __any_sync(~0u, j < blocks.count); j += step) {
     const int block = blocks.at(j);
     attend_block<T, D, KV, true>(so_far, queries, a, sight, kv_head, block, read_once(pages + block));
   }

@@ -127,8 +127,9 @@ def append(shape: AttentionShape) -> Launch:
 
 
 def attend_tiles(shape: AttentionShape, scale: float) -> Launch:
-    """q, kv_pool -> output, a warp for each tile: for steps of many tokens. Sparse rows need blocks and block_counts."""
-    kernel = _kernel("attend.cu", "attend_tiles", shape, _TILE_WARPS, "AttendArguments", 2)
+    """q, kv_pool -> output, a warp for each tile: for many tokens. Sparse rows need blocks and block_counts."""
+    min_blocks = 2 if shape.head_dim == 128 else 3
+    kernel = _kernel("attend.cu", "attend_tiles", shape, _TILE_WARPS, "AttendArguments", min_blocks)
     grid = (divide_up(shape.tiles, _TILE_WARPS), shape.kv_heads, 1)
     return Launch(kernel, grid, _attend(shape, scale, 1, "output"))
 
