@@ -14,7 +14,7 @@ demo: $(VENV)/.base
 	$(BIN)/edge bench $(DEMO)/bundle --html $(DEMO)/report.html
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest

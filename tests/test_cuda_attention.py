@@ -70,7 +70,9 @@ def visible_keys(rng: np.random.Generator, step: Step, b: int, shape: AttentionS
     return visible
 
 
-def make_problem(seed: int, sequences: Sequence[tuple[int, int]], **shape_fields: object) -> Problem:
+def make_problem(
+    seed: int, sequences: Sequence[tuple[int, int]], q_scale: float = 1.5, **shape_fields: object
+) -> Problem:
     rng = np.random.default_rng(seed)
     step = make_step(rng, list(sequences))
     tokens = len(step.positions)
@@ -84,7 +86,7 @@ def make_problem(seed: int, sequences: Sequence[tuple[int, int]], **shape_fields
             new = rng.normal(size=(shape.planes, shape.kv_heads, shape.head_dim))
             pool[step.page_table[b, i // PAGE_TOKENS], :, :, i % PAGE_TOKENS] = new
     inputs = {
-        "q": (1.5 * rng.normal(size=(tokens, shape.heads, shape.head_dim))).astype(dtype),
+        "q": (q_scale * rng.normal(size=(tokens, shape.heads, shape.head_dim))).astype(dtype),
         "positions": step.positions,
         "query_start": step.query_start,
         "page_table": step.page_table,
@@ -134,7 +136,7 @@ def run_problems(route: str, seed: int, problems: Sequence[tuple[Problem, int]])
 
 EDGES = [  # (past, new) of each sequence: contexts around pages, chunks that start inside one, nothing new
     [(0, 1)],
-    [(62, 1), (63, 1), (64, 1)],
+    [(62, 1), (63, 1), (64, 1), (126, 1), (127, 1)],
     [(0, 63), (0, 64), (0, 65)],
     [(100, 30), (70, 0), (127, 2)],
 ]
@@ -168,6 +170,21 @@ def test_attention(route: str, element: str, kv: str, head_dim: int) -> None:
         run_problems(route, seed, problems)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("route", ["fast", "asan", "race"])
+@pytest.mark.parametrize("group", range(1, 17))
+def test_attention_of_every_group(route: str, group: int) -> None:
+    rng = np.random.default_rng(group)
+    for seed in range(4):
+        sequences = [(int(rng.integers(0, 300)), int(rng.integers(0, 40))) for _ in range(3)]
+        sequences.append((int(rng.integers(0, 300)), 1))  # a step has at least one token
+        limit, tree = (0, 3)[seed % 2], seed >= 2
+        kv_element = ("half", "uint8_t")[(seed + group) % 2]
+        fields = {"head_dim": (64, 128)[group % 2], "kv_element": kv_element, "limit": limit, "tree": tree}
+        problem = make_problem(seed, sequences, heads=2 * group, kv_heads=2, **fields)
+        run_problems(route, seed, [(problem, 0), (problem, 2)])
+
+
 @pytest.mark.parametrize("route", ["race", "ptx"])
 @pytest.mark.parametrize(("kv", "head_dim"), [("same", 128), ("int8", 64)])
 def test_decode_reads_each_key_and_value_once(route: str, kv: str, head_dim: int) -> None:
@@ -191,6 +208,15 @@ def test_a_row_that_sees_nothing_is_zero(splits: int) -> None:
     problem = make_problem(0, [(0, 1)], heads=2, kv_heads=1, head_dim=64, tree=True)
     problem.buffers["tree_mask"][:] = 0
     run_problems("fast", 0, [(replace(problem, expected=np.zeros_like(problem.expected)), splits)])
+
+
+@pytest.mark.parametrize("kv_element", ["half", "uint8_t"])
+@pytest.mark.parametrize("splits", [0, 1, 2])
+def test_scores_further_apart_than_exponents_reach(splits: int, kv_element: str) -> None:
+    # Warps and splits must not weigh their parts by any maximum but the largest: 2^128 is beyond float32.
+    fields = {"heads": 4, "kv_heads": 1, "head_dim": 64, "kv_element": kv_element}
+    problem = make_problem(12, [(699, 2)], q_scale=400, **fields)
+    run_problems("fast", 0, [(problem, splits)])
 
 
 def test_shapes_without_a_kernel_are_refused() -> None:
