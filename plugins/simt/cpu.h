@@ -71,7 +71,7 @@ struct alignas(4) bf162 {
 namespace simt {
 
 inline float half_value(uint16_t h) {
-  _Float16 x;
+  Float16 x;
   memcpy(&x, &h, 2);
   return static_cast<float>(x);
 }
@@ -83,7 +83,7 @@ inline float bf16_value(uint16_t b) {
 }
 // Rounded once, to nearest even; every NaN becomes the device's.
 inline half to_half(double x) {
-  const _Float16 rounded = static_cast<_Float16>(x);
+  const Float16 rounded = static_cast<Float16>(x);
   half h;
   memcpy(&h, &rounded, 2);
   return std::isnan(x) ? half{0x7fff} : h;

@@ -20,8 +20,10 @@ using bf162 = __nv_bfloat162;
 // The block's dynamic shared memory; a kernel has no other.
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 // An entry point: `body` is a device function of one struct.
-#define KERNEL(symbol, threads, min_blocks, Arguments, body) \
-  extern "C" __global__ void __launch_bounds__(threads, min_blocks) symbol(Arguments arguments) { EXPAND body(arguments); }
+#define KERNEL(symbol, threads, min_blocks, Arguments, body)                                     \
+  extern "C" __global__ void __launch_bounds__(threads, min_blocks) symbol(Arguments arguments) { \
+    EXPAND body(arguments);                                                                       \
+  }
 #define EXPAND(...) __VA_ARGS__
 #define INFINITY __int_as_float(0x7f800000)
 

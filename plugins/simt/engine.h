@@ -5,6 +5,12 @@
 
 namespace simt {
 
+#if defined(__aarch64__)
+using Float16 = __fp16;  // g++ has the other name in C++ only since version 13
+#else
+using Float16 = _Float16;
+#endif
+
 struct Dim3 {
   unsigned x, y, z;
 };

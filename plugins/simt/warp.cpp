@@ -56,11 +56,7 @@ void put(float* at, size_t step, uint32_t pair) {
   at[step] = VALUE(static_cast<uint16_t>(pair >> 16));
 }
 float half_float(uint16_t h) {
-#if defined(__aarch64__)
-  __fp16 x;
-#else
-  _Float16 x;
-#endif
+  Float16 x;
   memcpy(&x, &h, 2);
   return static_cast<float>(x);
 }
