@@ -10,6 +10,7 @@ from plugins.launch import Launch
 from plugins.simt import Report, emulator, interpreter
 
 ROUTES = ("fast", "asan", "race", "ptx")
+SEEDS = {"fast": range(4), "asan": range(4), "race": range(4), "ptx": range(1)}  # of the schedules of each route
 
 
 def run_route(route: str, launches: Sequence[Launch], buffers: Mapping[str, np.ndarray], seed: int = 0) -> Report:

@@ -9,9 +9,8 @@ from plugins.paged_attention.launch import AttentionShape, append
 from plugins.paged_attention.meaning import rotate
 from tests.cuda_cases import poisoned
 from tests.cuda_pages import ELEMENTS, Step, from_device, make_step, past_pool, quantise, to_device
-from tests.cuda_routes import ROUTES, run_route
+from tests.cuda_routes import ROUTES, SEEDS, run_route
 
-SEEDS = {"fast": (0, 1, 2, 3), "asan": (0, 3), "race": (0, 1, 2, 3), "ptx": (0,)}
 PAGE = 64
 UNIT = {"half": 2.0**-10, "bf16": 2.0**-7}  # of the last place, relative
 

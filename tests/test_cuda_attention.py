@@ -29,10 +29,9 @@ from plugins.paged_attention.launch import (
 from plugins.paged_attention.meaning import gather
 from tests.cuda_cases import poisoned
 from tests.cuda_pages import ELEMENTS, Step, from_device, make_step, past_pool, to_device
-from tests.cuda_routes import ROUTES, run_route
+from tests.cuda_routes import ROUTES, SEEDS, run_route
 
 TOLERANCE = {"half": 3e-3, "bf16": 2e-2}
-SEEDS = {"fast": (0, 1, 2, 3), "asan": (0, 3), "race": (0, 1), "ptx": (0,)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ page tables end in page numbers that do not exist.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from plugins.infllmv2.launch import compress, score_coarse, score_fine, scratch,
 from plugins.launch import Launch
 from plugins.paged_attention.launch import AttentionShape
 from tests.cuda_cases import ELEMENTS, poisoned
-from tests.cuda_routes import ROUTES, run_route
+from tests.cuda_routes import ROUTES, SEEDS, run_route
 from tests.test_infllmv2_edges import GOLDEN, GOLDEN_TIES, golden_heads
 
 Buffers = dict[str, np.ndarray]
@@ -228,10 +227,6 @@ def run_step(route: str, step: Step, buffers: Buffers, seed: int = 0) -> Buffers
     return after
 
 
-def seeds_of(route: str) -> Sequence[int]:
-    return range(4) if route in ("fast", "race") else range(1)
-
-
 # Steps
 
 DECODE = Step(tuple(n - 1 for n in EDGES), (1,) * len(EDGES), selected=1, local=0, limit=4)
@@ -257,7 +252,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_steps(name: str, route: str) -> None:
     before = make_buffers(STEPS[name])
-    results = [run_step(route, STEPS[name], before, seed) for seed in seeds_of(route)]
+    results = [run_step(route, STEPS[name], before, seed) for seed in SEEDS[route]]
     check_step(STEPS[name], before, results[0])
     for other in results[1:]:
         assert all(other[name].tobytes() == array.tobytes() for name, array in results[0].items())

@@ -14,7 +14,7 @@ from plugins.infllmv2 import meaning
 from plugins.infllmv2.launch import scratch, select
 from plugins.paged_attention.launch import AttentionShape
 from tests.cuda_cases import Case, run_cases
-from tests.cuda_routes import ROUTES
+from tests.cuda_routes import ROUTES, SEEDS
 
 
 def selection(scores: np.ndarray, own: np.ndarray, *sizes: int, limit: int) -> Case:
@@ -43,10 +43,12 @@ def selection(scores: np.ndarray, own: np.ndarray, *sizes: int, limit: int) -> C
     return Case(f"init, local, selected {sizes} of {blocks}", select(shape), inputs, outputs)
 
 
-def check_selections(route: str, selections: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]) -> None:
+def check_selections(
+    route: str, selections: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]], seed: int = 0
+) -> None:
     """(scores, own, sizes) each; the limit is a little above what is selected."""
     cases = [selection(scores, own, *sizes, limit=sizes[2] + 3) for scores, own, sizes in selections]
-    for case, result, (scores, own, sizes) in zip(cases, run_cases(route, cases), selections, strict=True):
+    for case, result, (scores, own, sizes) in zip(cases, run_cases(route, cases, seed), selections, strict=True):
         chosen = meaning.select_blocks(scores, own * PAGE_TOKENS, *sizes)
         for head, row in np.ndindex(chosen.shape[:2]):
             expected = np.flatnonzero(chosen[head, row])
@@ -68,7 +70,8 @@ def test_selection(route: str) -> None:
         many = rng.gamma(0.3, size=(1, 2, blocks)).astype(np.float32)
         selections.append((many, np.array([blocks - 1, blocks // 2]), (1, 32, selected)))
         selections.append((many.round(1), np.array([blocks - 1, blocks - 2]), (1, 32, selected)))
-    check_selections(route, selections)
+    for schedule in SEEDS[route]:
+        check_selections(route, selections, schedule)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -18,9 +18,8 @@ from plugins.linear.meaning import ZEROS, argmax
 from plugins.linear.meaning import linear as meaning
 from plugins.linear.pack import pack_codes, pack_scales
 from tests.cuda_cases import ELEMENTS, Case, poisoned, run_cases
-from tests.cuda_routes import ROUTES, run_route
+from tests.cuda_routes import ROUTES, SEEDS, run_route
 
-SEEDS = {"fast": (0, 1, 2, 3), "asan": (1,), "race": (0, 2), "ptx": (0,)}
 FORMATS = tuple(itertools.product((2, 4, 8), (0, 32, 64, 128)))
 
 # (tokens, n, k in chunks, row tiles): less than a tile, ragged tiles and blocks, fewer and more chunks than warps,

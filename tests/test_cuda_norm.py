@@ -23,14 +23,13 @@ from plugins.rope.meaning import rope_table, rope_tables
 from plugins.swiglu.launch import swiglu as launch_swiglu
 from plugins.swiglu.meaning import swiglu
 from tests.cuda_cases import ELEMENTS, Case, run_cases
-from tests.cuda_routes import ROUTES, run_route
+from tests.cuda_routes import ROUTES, SEEDS, run_route
 from tests.test_rope import FACTORS_128K, config_128k, run_tables
 
 EPSILON, SCALE = 1e-5, 0.2857738
 # One vector of 16 bytes, less than a warp of them, a ragged warp, whole blocks, and several vectors a thread.
 NORM_SHAPES = ((3, 8), (130, 64), (3, 1000), (3, 1024), (2, 4096), (1, 16384))
 COUNTING = ("race", "ptx")  # routes that count bytes
-SEEDS = {"fast": range(4), "asan": range(4), "race": range(4), "ptx": range(1)}
 
 
 def spread(rng: np.random.Generator, rows: int, width: int, dtype: np.dtype) -> np.ndarray:

@@ -14,7 +14,7 @@ from edge.sampler import SamplingParams, apply_repetition_penalty, filtered_prob
 from plugins.sampling.launch import sample as launch_sample
 from plugins.sampling.meaning import MASS_BITS, SamplingInputs, kept_masses, mark_seen, philox, sample
 from tests.cuda_cases import Case, run_cases
-from tests.cuda_routes import ROUTES
+from tests.cuda_routes import ROUTES, SEEDS
 from tests.test_sampler import chi_square_sigmas, dense, random_logits
 
 VOCABULARY = 73448  # MiniCPM4's
@@ -197,7 +197,7 @@ def test_kernel_is_its_meaning(route: str) -> None:
     if route != "race":  # slow, and these rows are about values
         special = (crowded_inputs, split_ties_inputs, flat_tail_inputs, boundary_inputs)
         cases += [case_of(inputs.__name__, inputs()) for inputs in special]
-    for seed in {"fast": (0, 1, 2, 3), "asan": (1,), "race": (2,), "ptx": (0,)}[route]:
+    for seed in SEEDS[route]:
         for case, result in zip(cases, run_cases(route, cases, seed), strict=True):
             want = sample(SamplingInputs(**case.inputs, **case.updated))
             np.testing.assert_array_equal(result.outputs["token"], want, err_msg=f"{case.name}, seed {seed}")
