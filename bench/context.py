@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoints import MINICPM4_05B, prepare
+from bench.checkpoints import prepare
 from bench.context_plot import Lines, context_svg
 from bench.decode_bytes import weight_bytes
 from bench.peers import LLAMA, Measured, measure_llama, measure_ours, prepare_bundle, print_table, take_turns
@@ -33,6 +33,7 @@ from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
 from edge.bench.machine import describe_machine
+from edge.bench.models import MINICPM4_05B
 from edge.bench.report import write_text
 from edge.bundle import open_bundle
 

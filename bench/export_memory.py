@@ -21,10 +21,11 @@ from typing import Annotated
 
 import typer
 
-from bench.checkpoints import MINICPM4_8B, write_safetensors
+from bench.checkpoints import write_safetensors
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
+from edge.bench.models import MINICPM4_8B
 
 GIB = 1 << 30
 

@@ -24,11 +24,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoints import MINICPM4_05B, prepare
+from bench.checkpoints import prepare
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from edge.bench.machine import describe_machine
+from edge.bench.models import MINICPM4_05B
 
 OURS = {
     "edge int4 g64": WeightFormat("w4a16", 64, symmetric=True, head="int4"),

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.checkpoints import MINICPM4_05B, MINICPM4_8B
 from bench.context import DecodeCase
 from bench.context_plot import context_svg
 from bench.decode_bytes import minimum_pool_bytes, weight_bytes
@@ -20,6 +19,7 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
+from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bundle import Bundle, open_bundle
 from edge.config import SparseConfig
 from edge.executors.onnxruntime import OnnxRuntimeExecutor

@@ -6,7 +6,7 @@ All of it is computed from machine code, shapes and data sheets; no device is us
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bench.tables import format_number
 from edge.config import ModelConfig, SparseConfig
 from plugins.build.cost import BOARDS, Cost, board_of
@@ -27,37 +28,7 @@ KV_BYTES = 2  # of a 16-bit value
 HEAD_BITS = 4 + 16 / 128
 WEIGHTS = {"int4": 4 + 16 / 128, "ternary": 2.0}  # bits of a weight: int4 with a 16-bit scale for every 128
 CONTEXTS = (4096, 32768, 131072)
-
-
-_MINICPM4_05B = ModelConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    head_dim=64,
-    vocab_size=73448,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=32768,
-    tie_word_embeddings=True,
-    scale_emb=12.0,
-    scale_depth=1.4,
-    dim_model_base=256.0,
-    bos_token_id=1,
-    eos_token_ids=(2, 73440),
-)
-_MINICPM4_8B = replace(
-    _MINICPM4_05B,
-    hidden_size=4096,
-    intermediate_size=16384,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    head_dim=128,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-)
-MODELS = {"MiniCPM4-0.5B": _MINICPM4_05B, "MiniCPM4-8B": _MINICPM4_8B}
+MODELS = {"MiniCPM4-0.5B": MINICPM4_05B, "MiniCPM4-8B": MINICPM4_8B}
 
 
 @dataclass(frozen=True)
