@@ -56,11 +56,12 @@ def source_key(text: str, settings: Sequence[str], root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that others may read at any time: they see the old one or the whole new one."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file that others may read, or run, at any time: they see the old one or the whole new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
+        partial.chmod(mode)
         os.replace(partial, path)
     except OSError as error:
         raise EdgeError(

@@ -194,6 +194,5 @@ def _cached(name: str, text: str, commands: list[list[str]]) -> Path:
             done = subprocess.run(["g++", *command, "-o", out], cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 raise EmulationError(f"g++ cannot compile {name}:\n{done.stderr[:4000]}")
-        write_atomically(made, (Path(folder) / "out").read_bytes())
-        made.chmod(0o755)
+        write_atomically(made, (Path(folder) / "out").read_bytes(), mode=0o755)
     return made
