@@ -1,10 +1,10 @@
 // What the kernels of this folder share: a step's tokens, their sequences, and which of them choose blocks.
 #pragma once
+#include "plugins/paged_attention/page.cuh"
 #include "plugins/simt/device.h"
 
 namespace infllmv2 {
 
-constexpr int PAGE = 64;            // tokens of a page, which is one attention block
 constexpr int FINE_STRIDE = 16;     // tokens between fine windows; each is two strides long
 constexpr int FINE_SLOTS = 4;       // fine windows that end in a page
 constexpr int COARSE_SLOTS = 1;     // coarse windows: 128 tokens, every 64

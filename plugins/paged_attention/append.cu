@@ -8,6 +8,7 @@
 // lane + 32 i of both halves of the head. A value goes to D places 64 elements apart: in a decode step these are few;
 // in prefill the L2 cache joins what neighbouring tokens write to a sector.
 // Grid: (ceil(tokens * (heads + 2 KV heads) / WARPS)).
+#include "plugins/paged_attention/page.cuh"
 #include "plugins/simt/device.h"
 
 namespace attention {
@@ -25,7 +26,6 @@ struct AppendArguments {
   int tokens, sequences, table_width, heads, kv_heads, planes;
 };
 
-constexpr int PAGE_TOKENS = 64;
 enum Plane { KEYS, VALUES, PLAIN_KEYS };
 
 // A lane's part of a head: values[i] is element lane + 32 i.
@@ -55,8 +55,8 @@ struct Place {
 template <int D>
 DEVICE Place place_of(const AppendArguments& a, int page, int plane, int kv_head, int slot) {
   const int64_t row = (static_cast<int64_t>(page) * a.planes + plane) * a.kv_heads + kv_head;
-  if (plane == VALUES) return {row * (PAGE_TOKENS * D) + slot, PAGE_TOKENS, row * PAGE_TOKENS + slot};
-  return {row * (PAGE_TOKENS * D) + slot * D, 1, row * PAGE_TOKENS + slot};
+  if (plane == VALUES) return {row * (PAGE * D) + slot, PAGE, row * PAGE + slot};
+  return {row * (PAGE * D) + slot * D, 1, row * PAGE + slot};
 }
 
 template <class T, int D>
@@ -107,9 +107,9 @@ DEVICE void append(const AppendArguments& a) {
     for (int i = 0; i < D / 32; ++i) q[lane + 32 * i] = from_float<T>(x[i]);
     return;
   }
-  const int position = a.positions[token], slot = position % PAGE_TOKENS;
+  const int position = a.positions[token], slot = position % PAGE;
   const int* pages = a.page_table + static_cast<int64_t>(sequence_of_token(a, token)) * a.table_width;
-  const int page = pages[position / PAGE_TOKENS];
+  const int page = pages[position / PAGE];
   KV* pool = reinterpret_cast<KV*>(a.kv_pool);
   const bool is_key = head < a.heads + a.kv_heads;
   const int kv_head = head - a.heads - (is_key ? 0 : a.kv_heads);

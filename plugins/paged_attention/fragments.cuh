@@ -5,11 +5,10 @@
 // Score tile t of a span has 8 keys as columns; column n is key PER_LOAD * (n / 2) + 2 * t + n % 2 of the span. With
 // that order the probabilities lie where the product with the values (rows of 64 tokens) wants them.
 #pragma once
+#include "plugins/paged_attention/page.cuh"
 #include "plugins/simt/device.h"
 
 namespace attention {
-
-constexpr int PAGE = 64;  // tokens
 
 template <bool CONDITION, class A, class B>
 struct Choose {
