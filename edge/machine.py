@@ -30,6 +30,16 @@ def available_memory() -> int:
     return available
 
 
+def available_swap() -> int:
+    """Bytes of swap that can be had, within the control group's limits."""
+    available = int(psutil.swap_memory().free)
+    for group in _control_groups():
+        limit, used = _text(group / "memory.swap.max"), _text(group / "memory.swap.current")
+        if limit.isdigit() and used.isdigit():
+            available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
 def _control_groups() -> list[Path]:
     """The group of this process and those around it (version 2; in a container only its own is visible)."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
