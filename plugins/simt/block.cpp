@@ -25,6 +25,8 @@ Buffer shared;
 std::vector<unsigned> ready;  // indices; in order, the last is next
 unsigned waiting, finished;
 bool from_scheduler;  // the fiber that starts now was not started by another
+bool on_fiber;
+std::string failure;  // of a fiber, for the scheduler to throw
 uint64_t random_state;
 Entry entry;
 const void* entry_arguments;
@@ -44,7 +46,6 @@ void run_thread() {
   for (const auto& group : fiber.groups)
     if (!group.empty()) fail("the thread ends with asynchronous copies still in flight");
   if (!fiber.open_group.empty()) fail("the thread ends with asynchronous copies that it never committed");
-  fiber.groups.clear();
   fiber.state = State::finished;
   ++finished;
   if (waiting) {
@@ -86,14 +87,18 @@ void run_block() {
     Fiber& fiber = fibers[i];
     fiber.index = i;
     fiber.warp_epoch = 1;
+    fiber.groups.clear();
+    fiber.open_group.clear();
     prepare_stack(fiber, run_thread);
     make_ready(fiber);
   }
   Fiber* first = take_ready();
   current = first;
-  from_scheduler = true;
+  from_scheduler = on_fiber = true;
   switch_to(nullptr, first);
+  on_fiber = false;
   current = nullptr;
+  if (!failure.empty()) throw Failure{std::exchange(failure, {})};
   if (finished != block_size) fail_deadlocked();
   check_guards(shared);
 }
@@ -124,26 +129,34 @@ void wait() {
   switch_to(&me, next);
 }
 
-void print_place(const void* code) {
+bool in_kernel() { return on_fiber; }
+
+std::string place(const void* code) {
   Dl_info library;
-  if (!code || !dladdr(code, &library)) return;
-  const size_t offset = static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase);
-  fprintf(stderr, " at <%s+0x%zx>", library.dli_fname, offset - 1);  // the call before the return address
+  if (!code || !dladdr(code, &library)) return "";
+  char text[32];  // the call before the return address
+  const auto offset = static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase);
+  snprintf(text, sizeof text, "+0x%tx>", offset - 1);
+  return std::string(" at <") + library.dli_fname + text;
 }
 
 void fail(const char* format, ...) {
+  char text[1024];
   va_list arguments;
   va_start(arguments, format);
-  vfprintf(stderr, format, arguments);
+  vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  fprintf(stderr, " [%s", kernel_name);
+  std::string message = std::string(text) + " [" + kernel_name;
   if (current) {
-    fprintf(stderr, ", block (%u, %u, %u), thread %u", block_index.x, block_index.y, block_index.z, current->index);
-    print_place(self().code);
+    snprintf(text, sizeof text, ", block (%u, %u, %u), thread %u", block_index.x, block_index.y, block_index.z,
+             current->index);
+    message += text + place(self().code);
   }
-  fprintf(stderr, "]\n");
-  fflush(stderr);
-  _Exit(3);
+  message += "]";
+  if (!on_fiber) throw Failure{message};
+  failure = message;
+  switch_to(&self(), nullptr);  // for good: the stack is prepared anew before its next use
+  abort();
 }
 
 void sync_block(const char* where) {
@@ -169,7 +182,10 @@ void run_grid(Entry kernel, const void* arguments, Dim3 grid, unsigned threads, 
   block_number = 0;
   random_state = seed * 0x9E3779B97F4A7C15ull | 1;
   if (fibers.size() < threads) fibers.resize(threads);
-  if (!shared.start || shared.bytes != shared_bytes) shared = allocate("shared memory", shared_bytes);
+  if (!shared.start || shared.bytes != shared_bytes) {
+    release(shared);
+    shared = allocate("shared memory", shared_bytes);
+  }
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x, ++block_number) {

@@ -46,11 +46,17 @@ unsigned missing_lanes(const Fiber& fiber);  // that it waits for at a collectiv
 // First act of every function that kernels call: messages then name the line.
 #define SIMT_NOTE_CALLER() (simt::self().code = __builtin_return_address(0))
 
+// What a kernel did wrong. Thrown on the scheduler's stack, that is out of run_grid.
+struct Failure {
+  std::string message;
+};
+bool in_kernel();  // on a thread's stack
+
 using Entry = void (*)(const void* arguments);
 void run_grid(Entry entry, const void* arguments, Dim3 grid, unsigned threads, size_t shared_bytes);
 
-// Writes a code address to standard error; emulator.py makes file:line of it.
-void print_place(const void* code);
+// ' at <library+offset>' of a code address; emulator.py makes file:line of it.
+std::string place(const void* code);
 
 // switch.cpp
 extern "C" void simt_switch(void** save_stack_pointer, void* load_stack_pointer);
@@ -73,7 +79,8 @@ constexpr size_t GUARD_BYTES = 0;
 #else
 constexpr size_t GUARD_BYTES = 256;
 #endif
-Buffer allocate(const std::string& name, size_t bytes);  // kept to the end of the process
+Buffer allocate(const std::string& name, size_t bytes);
+void release(Buffer& buffer);
 void check_guards(const Buffer& buffer);
 
 // race.cpp

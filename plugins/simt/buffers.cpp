@@ -21,6 +21,11 @@ Buffer allocate(const std::string& name, size_t bytes) {
   return {name, start, bytes};
 }
 
+void release(Buffer& buffer) {
+  if (buffer.start) free(buffer.start - GUARD_BYTES);
+  buffer.start = nullptr;
+}
+
 void check_guards(const Buffer& buffer) {
   for (size_t i = 0; i < GUARD_BYTES; ++i) {
     if (buffer.start[buffer.bytes + i] != GUARD[i % 2])

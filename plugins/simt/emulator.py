@@ -78,7 +78,7 @@ def run(
         if not array.flags.c_contiguous:
             raise UsageError(f"buffer '{name}' is not C-contiguous: pass a contiguous copy")
     executable = _engine(build)
-    libraries = {kernel: _library(kernel, build) for kernel in {launch.kernel: None for launch in launches}}
+    libraries = {kernel: kernel_library(kernel, build) for kernel in {launch.kernel: None for launch in launches}}
     with tempfile.TemporaryDirectory(prefix="edge-simt-") as folder:
         job, result = Path(folder) / "job", Path(folder) / "result"
         with job.open("wb") as file:
@@ -152,7 +152,7 @@ def _source_line(library: str, offset: str) -> str:
 
 
 @functools.cache
-def _compiler() -> tuple[str, ...]:
+def compiler() -> tuple[str, ...]:
     """The C++ compiler's name and version, and the flags that tell it this machine."""
     try:
         version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
@@ -168,23 +168,23 @@ def _engine(build: str) -> Path:
     """The executable that runs jobs."""
     text = "".join(f'#include "plugins/simt/{name}"\n' for name in ENGINE)
     sources = [str(ROOT / "plugins/simt" / name) for name in ENGINE]
-    return _cached(
-        f"run-{build}", text, [[*COMMON, *ENGINE_FLAGS[build], _compiler()[1], "-rdynamic", *sources, "-ldl"]]
+    return compile_cached(
+        f"run-{build}", text, [[*COMMON, *ENGINE_FLAGS[build], compiler()[1], "-rdynamic", *sources, "-ldl"]]
     )
 
 
 @functools.cache
-def _library(kernel: Kernel, build: str) -> Path:
+def kernel_library(kernel: Kernel, build: str) -> Path:
     """A shared library with the kernel's entry point."""
-    compile_it = [*COMMON, *KERNEL_FLAGS[build], _compiler()[1], "-fPIC", "-fvisibility=hidden", "-c", SOURCE]
+    compile_it = [*COMMON, *KERNEL_FLAGS[build], compiler()[1], "-fPIC", "-fvisibility=hidden", "-c", SOURCE]
     # Linked apart: -fsanitize=thread would bring its own library, whose place the engine takes.
     link_it = ["-shared", *([SANITIZERS] if build == "asan" else []), OBJECT]
-    return _cached(kernel.symbol[:100], module_source([kernel]), [compile_it, link_it])
+    return compile_cached(kernel.symbol[:100], module_source([kernel]), [compile_it, link_it])
 
 
-def _cached(name: str, text: str, commands: list[list[str]]) -> Path:
+def compile_cached(name: str, text: str, commands: list[list[str]]) -> Path:
     """The result of g++'s last command, from the cache if it is there. `text` reaches all that is compiled."""
-    key = source_key(text, [*_compiler(), *(word for command in commands for word in command)])
+    key = source_key(text, [*compiler(), *(word for command in commands for word in command)])
     made = cache_folder("simt") / f"{name}-{key[:20]}"
     if made.exists():
         return made

@@ -25,7 +25,7 @@ extern unsigned block_size;
 
 unsigned char* shared_memory();
 
-// Ends the process with a message that names the block and thread.
+// Ends the launch with a Failure (block.h) whose message names the block and thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void sync_block(const char* where);

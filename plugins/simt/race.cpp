@@ -61,10 +61,8 @@ bool access_reported;  // of its bytes only the first race counts
 
 void report(const char* kind, const std::string& where, size_t offset, const char* other, int who) {
   if (std::exchange(access_reported, true) || statistics.races++ >= MOST_REPORTS) return;
-  fprintf(stderr, "race: %s of %s + %zu by thread %u of block (%u, %u, %u)", kind, where.c_str(), offset,
-          current->index, block_index.x, block_index.y, block_index.z);
-  print_place(self().code);
-  fprintf(stderr, " and %s %d\n", other, who);
+  fprintf(stderr, "race: %s of %s + %zu by thread %u of block (%u, %u, %u)%s and %s %d\n", kind, where.c_str(), offset,
+          current->index, block_index.x, block_index.y, block_index.z, place(self().code).c_str(), other, who);
 }
 
 bool ordered(int thread, uint32_t barrier, uint32_t warp) {

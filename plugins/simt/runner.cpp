@@ -125,9 +125,13 @@ void write_result(const Job& job, const char* path) {
 
 }  // namespace
 
-int main(int, char** argv) {
+int main(int, char** argv) try {
   Job job = read_job(argv[1]);
   for (Launch& launch : job.launches) run(job, launch);
   write_result(job, argv[2]);
   _Exit(0);
+} catch (const simt::Failure& failure) {
+  fprintf(stderr, "%s\n", failure.message.c_str());
+  fflush(stderr);
+  _Exit(3);
 }

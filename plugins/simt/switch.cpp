@@ -61,9 +61,11 @@ namespace simt {
 namespace {
 
 void* scheduler_stack_pointer;
+#if defined(__SANITIZE_ADDRESS__)
 void* scheduler_asan_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
+#endif
 
 }  // namespace
 
