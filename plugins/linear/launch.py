@@ -22,6 +22,7 @@ _MOST_TILES = {2: 16, 4: 8, 8: 4}
 # (bits, group, row tiles) that need the registers of a whole SM; so do 16 row tiles.
 _ALONE = {(2, 32, 8), (8, 128, 4)}
 _GEMM_ROWS, _GEMM_THREADS = 128, 128
+GEMM_TOKENS = (16, 32, 64)  # of a gemm block
 _HEAD_TILES = 4
 _ARGMAX_THREADS = 256
 
@@ -54,7 +55,7 @@ def gemv(shape: LinearShape, row_tiles: int) -> Launch:
 
 
 def gemm(shape: LinearShape, tokens: int) -> Launch:
-    """Blocks of 128 output rows and 16, 32 or 64 tokens; 2 or 4 bits."""
+    """Blocks of 128 output rows and so many tokens (GEMM_TOKENS); 2 or 4 bits."""
     body = f"gemm<{shape.element}, {shape.bits}, {shape.group}, {tokens}>"
     kernel = Kernel("linear/gemm.cu", body, "GemmArguments", _GEMM_THREADS)
     inputs = vector_inputs(shape.bits)

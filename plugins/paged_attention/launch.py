@@ -92,14 +92,36 @@ def scratch(shape: AttentionShape, splits: int) -> dict[str, tuple[tuple[int, ..
     }
 
 
+def scratch_up_to(shape: AttentionShape, multiprocessors: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """`scratch` of `append` and `attend` that is enough for this shape and for all smaller ones."""
+    pairs = min(shape.tiles * shape.kv_heads, _TILE_WARPS * multiprocessors)  # of tile and KV head; of split ones
+    parts = min(pairs * _most_splits(shape), multiprocessors + pairs)  # as `choose_splits` rounds
+    most = scratch(shape, 1)
+    for name in _PARTS:
+        row, dtype = most[name]
+        most[name] = (parts, *row[3:]), dtype
+    return most
+
+
 def choose_splits(shape: AttentionShape, multiprocessors: int) -> int:
     """Thread blocks a tile of a decode step: about one for each multiprocessor, at most one for every 8 blocks of keys.
 
     More would read the queries and write partial results more often than they gain.
     """
-    blocks = min(shape.table_width, shape.limit or shape.table_width)
     wanted = divide_up(multiprocessors, shape.tiles * shape.kv_heads)
-    return max(1, min(wanted, divide_up(blocks, _SPLIT_WARPS)))
+    return max(1, min(wanted, _most_splits(shape)))
+
+
+def _most_splits(shape: AttentionShape) -> int:
+    return divide_up(min(shape.table_width, shape.limit or shape.table_width), _SPLIT_WARPS)
+
+
+def attend(shape: AttentionShape, scale: float, multiprocessors: int) -> list[Launch]:
+    """q, kv_pool -> output: tiles are split only where whole ones would leave multiprocessors without work."""
+    if divide_up(shape.tiles, _TILE_WARPS) * shape.kv_heads >= multiprocessors:
+        return [attend_tiles(shape, scale)]
+    splits = choose_splits(shape, multiprocessors)
+    return [attend_split(shape, scale, splits), combine(shape, scale, splits)]
 
 
 def append(shape: AttentionShape) -> Launch:

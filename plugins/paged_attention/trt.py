@@ -1,0 +1,71 @@
+"""edge.PagedAttention for TensorRT.
+
+The pool is an input and an output bound to the same memory. `getAliasedInput` could say so, but does not: a plugin
+that declares it makes TensorRT plan the output apart and copy, a second cache for every layer (measured by
+`python -m bench.engine_build --aliased`; Edge-LLM found the same on TensorRT 10). Undeclared, both pointers reach the
+kernels as the runtime bound them, and nothing is copied; `enqueue` checks that they are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from plugins.launch import Launch
+from plugins.paged_attention.launch import AttentionShape, append, attend, scratch_up_to
+from plugins.plugin import Buffers, SimpleOperator, Tensor
+
+
+@dataclass(frozen=True)
+class PagedAttention(SimpleOperator):
+    """output [T, Hq d] of qkv [T, (Hq + 2 Hkv) d], whose keys and values it appends to kv_pool."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+    NAME: ClassVar[str] = "PagedAttention"
+    INPUTS: ClassVar[tuple[str, ...]] = ("qkv", "cos", "sin", "kv_pool", "positions", "query_start", "page_table")
+    OUTPUTS: ClassVar[tuple[str, ...]] = ("output", "kv_pool_out")
+    SAME_MEMORY: ClassVar[Mapping[str, str]] = {"kv_pool_out": "kv_pool"}
+
+    def types(self) -> Mapping[str, str]:
+        """As plugins/infllmv2/__init__.py has them."""
+        return {**super().types(), **STEP_TYPES}
+
+    def shapes(self, inputs: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+        """[T, Hq d], and the pool as it was."""
+        output = (inputs["qkv"][0], self.num_heads * self.head_dim)
+        return {"output": output, "kv_pool_out": inputs["kv_pool"]}
+
+    def scratch(self, tensors: Mapping[str, Tensor], multiprocessors: int) -> Buffers:
+        """Rotated queries, and the parts that a decode step's thread blocks leave for `combine`."""
+        return scratch_up_to(self._shape(tensors), multiprocessors)
+
+    def launches(self, tensors: Mapping[str, Tensor], multiprocessors: int, tactic: int) -> list[Launch]:
+        """Append, then attend."""
+        shape = self._shape(tensors)
+        return [append(shape), *attend(shape, self.scale, multiprocessors)]
+
+    def _shape(self, tensors: Mapping[str, Tensor]) -> AttentionShape:
+        return attention_shape(tensors, self.num_heads, self.num_kv_heads, self.head_dim)
+
+
+STEP_TYPES = {
+    "cos": "float32",
+    "sin": "float32",
+    **dict.fromkeys(("positions", "query_start", "page_table"), "int32"),
+}
+
+
+def attention_shape(
+    tensors: Mapping[str, Tensor], heads: int, kv_heads: int, head_dim: int, **sparse: Any
+) -> AttentionShape:
+    """The step that the tensors of an attention operator describe; `sparse`: further fields of it."""
+    (sequences, table_width), element = tensors["page_table"].shape, tensors["qkv"].element
+    tokens = tensors["qkv"].shape[0]
+    return AttentionShape(
+        tokens, sequences, table_width, heads, kv_heads, head_dim, element, tensors["kv_pool"].element, **sparse
+    )
