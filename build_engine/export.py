@@ -17,7 +17,7 @@ import onnx
 from onnx import helper
 
 from build_engine.checkpoint import Checkpoint
-from build_engine.formats import Target, WeightFormat, make_target
+from build_engine.formats import Target, WeightFormat, make_target, plugin_kernels
 from build_engine.graph import build_graph
 from build_engine.long_context import LongContext, apply_long_context, max_context
 from build_engine.lowering import Progress, lower
@@ -36,7 +36,6 @@ from edge.bundle import (
 from edge.config import ModelConfig
 from edge.errors import EdgeError, UsageError
 from plugins.build.embed import TARGETS, kernel_modules
-from plugins.build.registry import kernels_for
 
 OLD = "-old"  # ends the name of a bundle that is being replaced
 
@@ -114,13 +113,17 @@ def _write_files(
 
 
 def _kernel_modules(config: ModelConfig, target: Target, weights: WeightFormat) -> dict[str, bytes]:
-    """Files of machine code; none for a model of a size without kernels, whose operators run as ONNX functions."""
+    """Files of machine code; none for a model of a size without kernels, whose operators run as ONNX functions.
+
+    Functions of packed weights would unpack them to float32: they are for checks, so packed ones need their kernels.
+    """
     if target.name not in TARGETS:
         return {}
-    low_bits = (4, weights.group_size) if weights.kind == "w4a16" else None
     try:
-        kernels = kernels_for(config, "half", "half", low_bits, low_bits if weights.head == "int4" else None)
-    except EdgeError:
+        kernels = plugin_kernels(config, weights)
+    except EdgeError as error:
+        if weights.linear == "packed":
+            raise EdgeError(f"--linear packed lacks kernels for this model ({error}); use --linear native") from None
         return {}
     return kernel_modules(kernels, target.name)
 

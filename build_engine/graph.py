@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import plugins
 from edge.config import LongRope, ModelConfig
 from edge.kv_cache import pool_shapes
+from plugins.rope.meaning import rope_tables
 
 INT32 = TensorProto.INT32
 
@@ -53,7 +54,10 @@ class _Builder:
         return names[0] if outputs == 1 else names
 
     def linear(self, name: str, x: str, weights: list[str], role: str = "body") -> str:
-        """x [T, in] times the stacked rows of `weights` transposed -> [T, out]. The head may be stored otherwise."""
+        """x [T, in] times the stacked rows of `weights` transposed -> [T, out].
+
+        The role 'head', which may be stored otherwise, gives float32 whatever x is.
+        """
         return self.op("Linear", name, x, domain=plugins.DOMAIN, weights=weights, role=role)
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -146,47 +150,19 @@ def _embed(b: _Builder, config: ModelConfig, types: GraphTypes) -> str:
 
 
 def _rope_tables(b: _Builder, config: ModelConfig) -> tuple[str, str]:
-    """cos and sin [T, d/2] in float32, in Hugging Face's order: fl(fl(p * fl(1/ext)) * base) (spec 2)."""
+    """cos and sin [T, d/2] in float32 for every layer."""
     half = config.head_dim // 2
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    base = (np.float32(1) / np.float32(config.rope_theta) ** exponent).astype(np.float32)
     rope = config.long_rope or LongRope((1.0,) * half, (1.0,) * half, config.max_position_embeddings)
-    base_frequency = b.constant("rope.base_frequency", base[None])
-    column = b.op("Unsqueeze", "rope.column", "positions", b.constant("rope.axis", np.array([1], np.int64)))
-    position = b.op("Cast", "rope.position", column, to=TensorProto.FLOAT)
-
-    inverse = b.constant("rope.short", np.float32(1) / np.asarray(rope.short_factor, np.float32)[None])
-    if config.rope_lists_differ:
-        long = b.constant("rope.long", np.float32(1) / np.asarray(rope.long_factor, np.float32)[None])
-        inverse = b.op("Where", "rope.inverse", _rope_is_long(b, rope), long, inverse)
-    stretched = b.op("Mul", "rope.stretched", position, inverse)
-    angle = b.op("Mul", "rope.angle", stretched, base_frequency)
-    cos, sin = b.op("Cos", "rope.cos", angle), b.op("Sin", "rope.sin", angle)
-    if config.rope_attention_factor == 1.0:
-        return cos, sin
-    factor = b.constant("rope.factor", np.array(config.rope_attention_factor, np.float32))
-    return b.op("Mul", "rope.cos_scaled", cos, factor), b.op("Mul", "rope.sin_scaled", sin, factor)
-
-
-def _rope_is_long(b: _Builder, rope: LongRope) -> str:
-    """[T, 1] bool: the row's sequence is longer than the original maximum."""
-    limit = b.constant("rope.original_length", np.array(rope.original_max_position_embeddings, np.int32))
-    is_long = b.op("Greater", "rope.sequence_is_long", "switch_length", limit)
-    # Row t belongs to the sequence whose number is the count of sequences that end at or before t.
-    start = b.constant("rope.one", np.array([1], np.int64))
-    end = b.constant("rope.end", np.array([2**31 - 1], np.int64))
-    zero, one = b.constant("rope.zero", np.array(0, np.int64)), b.constant("rope.step", np.array(1, np.int64))
-    tokens = b.op(
-        "Squeeze",
-        "rope.tokens",
-        b.op("Shape", "rope.shape", "positions"),
-        b.constant("rope.axis0", np.array([0], np.int64)),
-    )
-    rows = b.op("Unsqueeze", "rope.rows", b.op("Range", "rope.range", zero, tokens, one), start)
-    ends = b.op("Slice", "rope.ends", b.op("Cast", "rope.starts", "query_start", to=TensorProto.INT64), start, end)
-    ended = b.op("Cast", "rope.ended", b.op("LessOrEqual", "rope.has_ended", ends, rows), to=TensorProto.INT64)
-    sequence = b.op("ReduceSum", "rope.sequence", ended, start, keepdims=1)
-    return b.op("Gather", "rope.is_long", is_long, sequence, axis=0)
+    tables = rope_tables(config.rope_theta, rope.short_factor, rope.long_factor)
+    frequency = b.constant("rope.frequency", tables.frequency)
+    short = b.constant("rope.short", tables.inverse_short)
+    factor = config.rope_attention_factor
+    if not config.rope_lists_differ:
+        return b.edge("RopeTable", "rope", "positions", short, frequency, outputs=2, attention_factor=factor)
+    long = b.constant("rope.long", tables.inverse_long)
+    inputs = ("positions", "query_start", "switch_length", short, long, frequency)
+    limit = rope.original_max_position_embeddings
+    return b.edge("LongRopeTable", "rope", *inputs, outputs=2, original_length=limit, attention_factor=factor)
 
 
 def _decoder_layer(
@@ -234,7 +210,7 @@ def _attention(b: _Builder, c: ModelConfig, index: int, qkv: str, cos: str, sin:
         node = edge_node("PagedAttention", attended, inputs, outputs, **attributes)
     else:
         inputs += ["switch_length", "sparse_settings"]
-        attributes["use_nope"] = int(c.sparse.use_nope)
+        attributes |= {"use_nope": int(c.sparse.use_nope), "max_blocks": c.sparse.selected_blocks}
         node = edge_node("InfLLMv2Attention", attended, inputs, outputs, **attributes)
     b.nodes.append(node)
     return attended
@@ -262,8 +238,4 @@ def _head(b: _Builder, c: ModelConfig, types: GraphTypes, normed: str) -> None:
         dtype = helper.tensor_dtype_to_np_dtype(types.activation)
         normed = b.op("Mul", "head.scaled", normed, b.constant("head.scale", np.array(1 / c.logit_divisor, dtype)))
     weight = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-    if types.activation == TensorProto.FLOAT:
-        b.linear("logits", normed, [weight], role="head")
-    else:
-        raw = b.linear("head.raw", normed, [weight], role="head")
-        b.op("Cast", "logits", raw, to=TensorProto.FLOAT)
+    b.linear("logits", normed, [weight], role="head")

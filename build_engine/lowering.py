@@ -11,12 +11,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
-from build_engine.formats import Target, WeightFormat
+from build_engine.formats import HEAD_BITS, Target, WeightFormat
 from build_engine.graph import edge_node
 from build_engine.quantize import QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
 from build_engine.weights_file import WeightsFile
 from edge.config import SparseConfig
 from edge.errors import EdgeError
+from plugins.launch import divide_up
+from plugins.linear.pack import TILE_ROWS, pack_codes, pack_scales, vector_inputs
 
 CHUNK_BYTES = 64 << 20  # float32 bytes of weights in flight
 Progress = Callable[[int, int, str], None]
@@ -54,11 +56,19 @@ def lower(
         done += 1
         progress(done, total, node.name)
     model.graph.initializer.extend(lowering.initializers)
+    if weights.packs_head:
+        _add_output(model.graph, 1, helper.make_tensor_value_info("token", TensorProto.INT32, ["R"]))
     if target.tensorrt:
         _fix_sparse_settings(model.graph, checkpoint.config.sparse)
     else:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
+
+
+def _add_output(graph: onnx.GraphProto, place: int, value: onnx.ValueInfoProto) -> None:
+    outputs = list(graph.output)
+    del graph.output[:]
+    graph.output.extend([*outputs[:place], value, *outputs[place:]])
 
 
 def _fix_sparse_settings(graph: onnx.GraphProto, sparse: SparseConfig | None) -> None:
@@ -103,16 +113,33 @@ class _Lowering:
         """The nodes that compute one projection; their weights go to the file."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         sources = [self.checkpoint.tensors[name.decode()] for name in attributes["weights"]]
-        is_head = attributes["role"] == b"head"
-        if self.weights.kind == "exact" or (is_head and self.weights.head == "exact"):
+        if attributes["role"] == b"head":
+            return self._head(node, sources)
+        if self.weights.kind == "exact":
             return self._exact(node, sources)
+        if self.weights.linear == "packed":
+            return self._packed("PackedLinear", node, list(node.output), sources, bits=4)
         if self.target.tensorrt:
             return self._dequantize_linear(node, sources)
-        if is_head:
-            return self._matmul_nbits(node, sources, bits=8 if self.weights.head == "int8" else 4)
         if self.weights.symmetric:
             return self._matmul_nbits(node, sources, bits=4)
         return self._matmul_affine(node, sources)
+
+    def _head(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """The logits, float32, and with packed weights the largest one's token."""
+        if self.weights.packs_head:
+            return self._packed("PackedHead", node, ["logits", "token"], sources, HEAD_BITS[self.weights.head])
+        raw = onnx.NodeProto()
+        raw.CopyFrom(node)
+        casts: list[onnx.NodeProto] = []
+        if self.target.types.activation != TensorProto.FLOAT:
+            raw.name = raw.output[0] = "head.raw"
+            casts = [helper.make_node("Cast", ["head.raw"], list(node.output), node.name, to=TensorProto.FLOAT)]
+        if self.weights.kind == "exact" or self.weights.head == "exact":
+            return self._exact(raw, sources) + casts
+        if self.target.tensorrt:
+            return self._dequantize_linear(raw, sources) + casts
+        return self._matmul_nbits(raw, sources, HEAD_BITS[self.weights.head]) + casts
 
     def _exact(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """Gemm on the checkpoint's own values [N, K], cast to the activation type when the engine loads."""
@@ -196,6 +223,28 @@ class _Lowering:
             accuracy_level=4,
         )
 
+    def _packed(
+        self, op_type: str, node: onnx.NodeProto, outputs: list[str], sources: list[LazyTensor], bits: int
+    ) -> list[onnx.NodeProto]:
+        """The plugins' layout (plugins/linear), written some row tiles at a time."""
+        n, k = _stacked_shape(sources)
+        group = self.weights.group_size
+        scales: list[np.ndarray] = []
+
+        def codes() -> Iterator[np.ndarray]:
+            for rows in _float_rows(sources):
+                part = quantize_symmetric(rows, group, bits)
+                scales.append(_convert(f"{node.name}.scales", part.scales, np.dtype(np.float16)))
+                yield part.codes.reshape(len(rows), k)
+
+        shape = [divide_up(n, TILE_ROWS), k // vector_inputs(bits), 32, 4]
+        packed = (pack_codes(tiles, bits) for tiles in _whole_tiles(codes()))
+        words = self._store(f"{node.name}.int{bits}", TensorProto.INT32, shape, packed)
+        by_lane = pack_scales(np.concatenate(scales), k, bits)
+        scale = self._store(f"{node.name}.scales", TensorProto.FLOAT16, list(by_lane.shape), [by_lane])
+        inputs = [node.input[0], words, scale]
+        return [edge_node(op_type, node.name, inputs, outputs, bits=bits, group=group, n=n, k=k)]
+
     def _store(self, name: str, element_type: int, shape: list[int], chunks: Iterable[np.ndarray]) -> str:
         self.initializers.append(self.file.add(name, element_type, shape, chunks))
         return name
@@ -244,6 +293,19 @@ def _float_rows(sources: list[LazyTensor]) -> Iterator[np.ndarray]:
     for source in sources:
         for rows in _row_chunks(source):
             yield _convert(source.name, rows, np.dtype(np.float32))
+
+
+def _whole_tiles(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The rows of `chunks` cut at multiples of TILE_ROWS, whatever their own lengths; only the last may be short."""
+    rest: np.ndarray | None = None
+    for chunk in chunks:
+        rows = chunk if rest is None else np.concatenate([rest, chunk])
+        whole = len(rows) // TILE_ROWS * TILE_ROWS
+        if whole:
+            yield rows[:whole]
+        rest = rows[whole:]
+    if rest is not None and len(rest):
+        yield rest
 
 
 def _stacked_shape(sources: list[LazyTensor]) -> tuple[int, int]:

@@ -23,9 +23,22 @@ def functions() -> list[onnx.FunctionProto]:
 
     from plugins.group_offsets.function import ADD_GROUP_OFFSETS
     from plugins.infllmv2.function import INFLLMV2_ATTENTION
+    from plugins.linear.function import PACKED_HEAD, PACKED_LINEAR
     from plugins.paged_attention.function import PAGED_ATTENTION
     from plugins.rms_norm.function import ADD_RMS_NORM, RMS_NORM
+    from plugins.rope.function import LONG_ROPE_TABLE, ROPE_TABLE
     from plugins.swiglu.function import SWIGLU
 
-    texts = (RMS_NORM, ADD_RMS_NORM, SWIGLU, ADD_GROUP_OFFSETS, PAGED_ATTENTION, INFLLMV2_ATTENTION)
+    texts = (
+        RMS_NORM,
+        ADD_RMS_NORM,
+        SWIGLU,
+        ROPE_TABLE,
+        LONG_ROPE_TABLE,
+        ADD_GROUP_OFFSETS,
+        PACKED_LINEAR,
+        PACKED_HEAD,
+        PAGED_ATTENTION,
+        INFLLMV2_ATTENTION,
+    )
     return [onnx.parser.parse_function(text) for text in texts]

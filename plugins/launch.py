@@ -84,6 +84,11 @@ def divide_up(n: int, d: int) -> int:
     return -(-n // d)
 
 
+def module_file(architecture: str) -> str:
+    """The name, in a bundle, of the module with all its kernels for 'sm_87'."""
+    return f"kernels-{architecture}.cubin"
+
+
 def module_source(kernels: list[Kernel]) -> str:
     """The translation unit that defines `kernels`: their files and one entry point each (KERNEL of simt/device.h)."""
     lines = ['#include "plugins/simt/device.h"']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -21,10 +22,11 @@ import pytest
 from build_engine import lowering
 from build_engine.checkpoint import expected_shapes, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
-from build_engine.formats import WeightFormat, choose_format
+from build_engine.formats import WeightFormat, choose_format, plugin_kernels
 from edge.bundle import open_bundle
 from edge.config import ModelConfig
 from edge.errors import EdgeError, UsageError
+from plugins.build.embed import kernel_modules
 from tests.synthetic import hf_config, tiny_config, write_gguf_checkpoint, write_hf_checkpoint
 
 EXACT = ExportOptions(weights=WeightFormat("exact"))
@@ -177,8 +179,25 @@ def test_formats_are_chosen_by_the_checkpoint(tmp_path: Path) -> None:
     q4 = open_checkpoint(write_gguf_checkpoint(tmp_path / "q4.gguf", config, quant="Q4_1"))
     assert choose_format(hf, "onnxruntime", "w4a16") == WeightFormat("w4a16", 64, True, "int8")
     assert choose_format(q4, "onnxruntime", "w4a16") == WeightFormat("w4a16", 32, False, "int8")
-    assert choose_format(q4, "rtx", "w4a16") == WeightFormat("w4a16", 64, True, "exact")
     assert choose_format(q4, "onnxruntime", "w4a16", 128, True, "int4") == WeightFormat("w4a16", 128, True, "int4")
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt", "jetson"])
+def test_tensorrt_gets_packed_weights_where_there_are_kernels(tmp_path: Path, target: str) -> None:
+    config = tiny_config(head_dim=64, hidden_size=128, intermediate_size=256)
+    known = open_checkpoint(write_gguf_checkpoint(tmp_path / "q4.gguf", config, quant="Q4_1"))
+    packed = WeightFormat("w4a16", 64, True, "int8", "packed")
+    assert choose_format(known, target, "w4a16") == packed
+    assert choose_format(known, target, "w4a16", 128, head="exact") == dataclasses.replace(
+        packed, group_size=128, head="exact"
+    )
+    native = WeightFormat("w4a16", 64, True, "exact", "native")
+    assert choose_format(known, target, "w4a16", linear="native") == native
+    assert choose_format(known, target, "exact") == dataclasses.replace(native, kind="exact")
+    # No attention kernel has a head_dim of 16, and no linear one 160 inputs.
+    for sizes in ({}, {"head_dim": 64, "hidden_size": 128, "intermediate_size": 160}):
+        unknown = open_checkpoint(write_hf_checkpoint(tmp_path / str(len(sizes)), tiny_config(**sizes)))
+        assert choose_format(unknown, target, "w4a16") == native
 
 
 def start_export(checkpoint: Path, out: Path, patch: str, *options: str) -> subprocess.Popen[str]:
@@ -301,17 +320,24 @@ def write_hollow_checkpoint(folder: Path, config: ModelConfig) -> int:
     return size
 
 
-def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
+PACKED = ExportOptions("jetson", WeightFormat("w4a16", 64, symmetric=True, head="int8", linear="packed"))
+
+
+@pytest.mark.parametrize("options", [ExportOptions(), PACKED], ids=["onnxruntime", "packed"])
+def test_memory_does_not_grow_with_the_weights(tmp_path: Path, options: ExportOptions) -> None:
     """Peak resident memory over what the process held before; pages of the mapped file count while they are mapped."""
     config = tiny_config(hidden_size=1024, intermediate_size=4096, head_dim=64, num_hidden_layers=18, vocab_size=65536)
     size = write_hollow_checkpoint(tmp_path / "checkpoint", config)
+    if options.target == "jetson":
+        kernel_modules(plugin_kernels(config, options.weights), "jetson")  # compiled before, into the cache
     code = f"""
 import resource
 from pathlib import Path
 from build_engine.checkpoint import expected_shapes, open_checkpoint
-from build_engine.export import ExportOptions, export_bundle
+from build_engine.export import ExportOptions, LongContext, WeightFormat, export_bundle
+options = {options}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export_bundle(open_checkpoint(Path({str(tmp_path / "checkpoint")!r})), Path({str(tmp_path / "out")!r}), ExportOptions())
+export_bundle(open_checkpoint(Path({str(tmp_path / "checkpoint")!r})), Path({str(tmp_path / "out")!r}), options)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

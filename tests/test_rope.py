@@ -44,19 +44,21 @@ def config_128k() -> ModelConfig:
 
 def run_tables(config: ModelConfig, **feeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The tables that every attention node of the graph reads, [T, d/2] each."""
-    whole = build_graph(config).graph
-    nodes = [node for node in whole.node if node.name.startswith("rope.")]
-    attention = next(node for node in whole.node if node.op_type == "PagedAttention")
-    shapes = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", config.head_dim // 2])
-        for name in attention.input[1:3]
-    ]
-    inputs = [value for value in whole.input if value.name in feeds]
-    constants = [t for t in whole.initializer if t.name.startswith("rope.")]
-    graph = helper.make_graph(nodes, "rope", inputs, shapes, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", plugins.OPSET)], ir_version=10)
-    onnx.checker.check_model(model)
-    cos, sin = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+    model = build_graph(config)
+    attention = next(node for node in model.graph.node if node.op_type == "PagedAttention")
+    tables = onnx.ModelProto()
+    tables.CopyFrom(model)
+    graph = tables.graph
+    for values in (graph.node, graph.input, graph.output, graph.initializer):
+        del values[:]
+    names = list(attention.input[1:3])
+    graph.node.extend(node for node in model.graph.node if set(node.output) & set(names))
+    graph.input.extend(value for value in model.graph.input if value.name in feeds)
+    graph.initializer.extend(t for t in model.graph.initializer if t.name in graph.node[0].input)
+    shape = ["T", config.head_dim // 2]
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names)
+    onnx.checker.check_model(tables)
+    cos, sin = ort.InferenceSession(tables.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
     return cos, sin
 
 
@@ -91,6 +93,38 @@ def test_every_sequence_of_a_step_chooses_its_own_list() -> None:
     angle = np.concatenate([hf_angles(positions[i : i + 1], factors, 10000.0) for i, factors in enumerate(lists)])
     np.testing.assert_allclose(cos, np.cos(angle), atol=1e-5)
     np.testing.assert_allclose(sin, np.sin(angle), atol=1e-5)
+
+
+def run_functions(angle: np.ndarray) -> list[np.ndarray]:
+    """ONNX Runtime's own cosine and sine of float32 angles."""
+    names = {"Cos": "cos", "Sin": "sin"}
+    nodes = [helper.make_node(kind, ["angle"], [name]) for kind, name in names.items()]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ("angle", "cos", "sin")]
+    graph = helper.make_graph(nodes, "trigonometry", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", plugins.OPSET)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"angle": angle})
+
+
+@pytest.mark.parametrize("stretch", [1, 4])
+@pytest.mark.parametrize("differ", [False, True])
+def test_angles_and_factor_are_rounded_to_the_last_bit_as_before(differ: bool, stretch: int) -> None:
+    """Every position of a long context, in either list: float32 products in this order and no other."""
+    long = tuple(2 * factor for factor in FACTORS_128K) if differ else FACTORS_128K
+    rope = LongRope(FACTORS_128K, long, 32768)
+    config = dataclasses.replace(config_128k(), long_rope=rope, max_position_embeddings=32768 * stretch)
+    positions = np.arange(0, 131072, 97, dtype=np.int32)
+    starts = np.array([0, 500, len(positions)], np.int32)
+    feeds = {"query_start": starts, "switch_length": np.array([32769, 32768], np.int32)} if differ else {}
+    got = run_tables(config, positions=positions, **feeds)
+    exponent = np.arange(0, 128, 2, dtype=np.float32) / np.float32(128)
+    frequency = np.float32(1) / np.float32(10000) ** exponent
+    inverses = [np.float32(1) / np.array(factors, np.float32) for factors in (long, FACTORS_128K)]
+    inverse = np.repeat(inverses, np.diff(starts), axis=0)
+    angle = (positions.astype(np.float32)[:, None] * inverse) * frequency
+    factor = np.float32(config.rope_attention_factor)
+    for table, plain in zip(got, run_functions(angle), strict=True):
+        np.testing.assert_array_equal(table, plain * factor)
 
 
 def test_attention_factor_scales_both_tables() -> None:

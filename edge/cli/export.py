@@ -1,9 +1,9 @@
-"""`edge export` and `edge build`: the host's commands."""
+"""`edge export`: a checkpoint becomes a bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,41 @@ from edge.cli.options import Json, parse_sparse
 from edge.config import ModelConfig
 from edge.errors import UsageError
 
+if TYPE_CHECKING:
+    from build_engine.checkpoint import Checkpoint
+
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face folder (safetensors) or .gguf file.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Hugging Face folder (safetensors), .gguf file, or selftest for the built-in small model.",
+    ),
+]
+
+
+TargetName = Annotated[str, typer.Option(help="onnxruntime (CPU), rtx (TensorRT-RTX), tensorrt (desktop) or jetson.")]
+Linear = Annotated[
+    str | None,
+    typer.Option(
+        metavar="packed|native",
+        help="int4 of TensorRT targets: packed for our kernels (the default if there are some of the model's sizes) or "
+        "TensorRT's own.",
+    ),
+]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights that share an int4 scale: 32, 64 or 128. Default: by the checkpoint.")
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="int4 around zero (faster, all TensorRT knows) or from a minimum (follows 4-bit GGUF exactly). "
+        "Default: by the checkpoint.",
+    ),
+]
+Head = Annotated[
+    str | None,
+    typer.Option(help="Format of the output head: exact, int8 or int4. Default: int8, exact beside TensorRT's int4."),
 ]
 
 
@@ -22,21 +55,11 @@ def export(
     checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     weights: Annotated[str, typer.Option(help="exact (the checkpoint's values) or w4a16 (int4).")] = "w4a16",
-    target: Annotated[str, typer.Option(help="onnxruntime (CPU) or rtx (TensorRT-RTX).")] = "onnxruntime",
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share an int4 scale: 32, 64 or 128. Default: by the checkpoint.")
-    ] = None,
-    symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--symmetric/--asymmetric",
-            help="int4 around zero (faster, all TensorRT knows) or from a minimum (follows 4-bit GGUF exactly). "
-            "Default: by the checkpoint.",
-        ),
-    ] = None,
-    head: Annotated[
-        str | None, typer.Option(help="Format of the output head: exact, int8 or int4. Default: int8, exact for rtx.")
-    ] = None,
+    target: TargetName = "onnxruntime",
+    linear: Linear = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = None,
+    head: Head = None,
     kv: Annotated[
         str | None, typer.Option(help="Type of the KV cache: float32, float16 or bfloat16. Default: by the weights.")
     ] = None,
@@ -61,48 +84,31 @@ def export(
       edge export model.Q4_1.gguf --out exact --weights exact
 
       edge export MiniCPM4-8B --out bundle-128k --attention sparse --rope 128k
+
+      edge export MiniCPM4-0.5B --out bundle-rtx --target rtx --linear packed
     """
-    from build_engine.checkpoint import open_checkpoint
     from build_engine.export import ExportOptions, export_bundle
     from build_engine.formats import choose_format
     from build_engine.long_context import LongContext
 
-    if is_bundle(checkpoint):
-        raise UsageError(f"{checkpoint} is a bundle already; run it, or export the checkpoint it was made from")
     long_context = LongContext(attention or "model", parse_sparse(sparse), rope or "model")
-    source = open_checkpoint(checkpoint)
-    chosen = choose_format(source, target, weights, group_size, symmetric, head)
+    source = _open(checkpoint)
+    chosen = choose_format(source, target, weights, group_size, symmetric, head, linear)
     with progress_bar("exporting", quiet=json) as progress:
         options = ExportOptions(target, chosen, overwrite, long_context, kv)
         bundle = export_bundle(source, out, options, progress)
     report_bundle(bundle, as_json=json)
 
 
-def build(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle exported with --target rtx.")],
-    target: Annotated[str, typer.Option(help="rtx (TensorRT-RTX; needs no GPU to build).")] = "rtx",
-    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context. Default: the model's.")] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Most prompt tokens a step.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Most sequences a decode step.")] = 8,
-    json: Json = False,
-) -> None:
-    """Compile a bundle's graph into a TensorRT engine with a prefill and a decode profile.
+def _open(path: Path) -> Checkpoint:
+    from build_engine.checkpoint import open_checkpoint
+    from build_engine.selftest_model import NAME, selftest_checkpoint
 
-    Examples:
-
-      edge export MiniCPM4-0.5B --out bundle-rtx --target rtx --symmetric
-
-      edge build bundle-rtx --target rtx
-    """
-    from build_engine.tensorrt import BuildOptions, build_engine
-
-    options = BuildOptions(target, max_context, chunk, batch)
-    with progress_bar("building", quiet=json) as progress:
-        report = build_engine(bundle, options, progress)
-    if json:
-        print_json(report.to_dict())
-    else:
-        note(report.describe())
+    if str(path) == NAME and not path.exists():
+        return selftest_checkpoint()
+    if is_bundle(path):
+        raise UsageError(f"{path} is a bundle already; run it, or export the checkpoint it was made from")
+    return open_checkpoint(path)
 
 
 def _attention(config: ModelConfig) -> str:

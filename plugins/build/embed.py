@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from plugins.build.nvrtc import cubin
-from plugins.launch import Kernel
+from plugins.launch import Kernel, module_file
 
-# Export target -> the GPUs it is for: RTX 30, 40 and 50; Jetson Orin.
-TARGETS: dict[str, tuple[str, ...]] = {"rtx": ("sm_86", "sm_89", "sm_120"), "jetson": ("sm_87",)}
-
-
-def module_file(architecture: str) -> str:
-    """The module's name in a bundle."""
-    return f"kernels-{architecture}.cubin"
+_GEFORCE = ("sm_86", "sm_89", "sm_120")  # RTX 30, 40 and 50
+# Export target -> the GPUs it is for.
+TARGETS: dict[str, tuple[str, ...]] = {"rtx": _GEFORCE, "tensorrt": _GEFORCE, "jetson": ("sm_87",)}  # sm_87: Orin
 
 
 def kernel_modules(kernels: Sequence[Kernel], target: str) -> dict[str, bytes]:

@@ -19,8 +19,6 @@ from plugins.swiglu import launch as swiglu
 OPERATORS = (embedding, rms_norm, linear, rope, paged_attention, infllmv2, swiglu, sampling)
 STEPS = (1, 16, 1024)  # new tokens of a step: decode, verification, prefill
 
-_GEMM_TOKENS = (16, 32, 64)  # of a block (linear.gemm)
-
 Format = tuple[int, int]  # bits of a weight, and inputs that share a scale (plugins/linear)
 
 
@@ -56,6 +54,7 @@ def _launches(
     yield rope.rope_table(1, half, 1)
     yield swiglu.swiglu(1, width, element)
     yield sampling.sample(1, config.vocab_size)
+    yield sampling.advance(1, 1)
     yield from _attention_launches(config, element, kv_element)
     if weights is not None:
         attended = config.num_attention_heads * config.head_dim
@@ -65,7 +64,7 @@ def _launches(
             yield linear.linear(shape)
             yield from (linear.gemv(shape, tiles) for tiles in linear.row_tile_choices(*weights))
             if weights[0] != 8:
-                yield from (linear.gemm(shape, tokens) for tokens in _GEMM_TOKENS)
+                yield from (linear.gemm(shape, tokens) for tokens in linear.GEMM_TOKENS)
     if head is not None:
         yield from linear.head(linear.LinearShape(1, config.vocab_size, hidden, *head, element))
 

@@ -15,6 +15,8 @@ Inputs, for T new tokens of B sequences, in the order of the operator:
 | switch_length | [B] int32 | the length that decides dense or sparse: the whole prompt's, then the context's |
 | sparse_settings | [4] int32 | dense_len (negative: always sparse), init, local and selected blocks |
 
+The attribute `max_blocks` is the most blocks that a row may select: kernels' lists are as long.
+
 Outputs: output [T, Hq d], and the three pools after the step (executors bind the same memory). The order of values
 inside a page of kv_pool is the table's for the ONNX function; kernels have their own (plugins/paged_attention/tile.h).
 

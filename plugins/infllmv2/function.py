@@ -380,7 +380,8 @@ _ATTEND = f"""
 
 INFLLMV2_ATTENTION = f"""
 <domain: "edge", opset_import: ["" : 21]>
-InfLLMv2Attention <num_heads, num_kv_heads, head_dim, scale, use_nope, plugin_namespace, plugin_version>
+InfLLMv2Attention
+    <num_heads, num_kv_heads, head_dim, scale, use_nope, max_blocks, plugin_namespace, plugin_version>
     (qkv, cos, sin, kv_pool, c1_pool, c2_pool, positions, query_start, page_table, switch_length, sparse_settings)
     => (output, kv_pool_out, c1_pool_out, c2_pool_out)
 {{{_CONSTANTS}{_ROTATE}{_APPEND}{_compress("c1", 16)}{_compress("c2", 64)}{_SCORE}{_SELECT}{_ATTEND}}}

@@ -1,4 +1,4 @@
-"""What the rotation table's kernel computes (spec: infllmv2.md 2; the graph's form is in build_engine/graph.py)."""
+"""What the rotation table's kernel computes (spec: infllmv2.md 2)."""
 
 from __future__ import annotations
 
