@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import ml_dtypes
 import numpy as np
 
 from plugins.launch import Launch
+from plugins.vectors import poisoned
 from tests.cuda_routes import Report, run_route
-
-ELEMENTS = {"half": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,6 @@ def run_cases(route: str, cases: Sequence[Case], seed: int = 0) -> list[Result]:
         for name, array in case.inputs.items():
             assert buffers[f"{i}.{name}"].tobytes() == array.tobytes(), f"{case.name} changed {name}"
     return [_result(i, case, buffers, report) for i, case in enumerate(cases)]
-
-
-def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that was never written: NaN, or a number that is no token."""
-    array = np.empty(shape, dtype)
-    array.view(np.uint8)[...] = 0x7F if dtype.kind == "i" else 0xFF
-    return array
 
 
 def _result(i: int, case: Case, buffers: dict[str, np.ndarray], report: Report) -> Result:

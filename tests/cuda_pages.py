@@ -1,85 +1,11 @@
-"""KV pools in the GPU kernels' order (plugins/paged_attention/append.cu), from and to the natural one, and steps."""
+"""KV pools with a past, for tests of attention over pages."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import ml_dtypes
 import numpy as np
 
 from plugins import PAGE_TOKENS
-
-ELEMENTS = {"half": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x [..., d] -> bytes u and float32 scales [...]: x is about (u - 128) * scale."""
-    wide = x.astype(np.float32)
-    most = np.abs(wide).max(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        steps = np.where(most > 0, np.float32(127) / most, np.float32(0)).astype(np.float32)
-    codes = np.clip(np.rint(wide * steps), -127, 127) + 128
-    return codes.astype(np.uint8), (most[..., 0] / np.float32(127)).astype(np.float32)
-
-
-def to_device(pool: np.ndarray, kv_element: str) -> dict[str, np.ndarray]:
-    """pool [pages, planes, Hkv, 64, d] -> kv_pool and, of bytes, kv_scales. NaN of the pool stays unwritten (0xFF)."""
-    buffers = {}
-    if kv_element == "uint8_t":
-        with np.errstate(invalid="ignore"):
-            values, scales = quantise(pool)
-        unwritten = np.isnan(pool.astype(np.float32)).any(axis=-1)
-        values[unwritten] = 0xFF
-        scales[unwritten] = np.nan
-        buffers["kv_scales"] = scales
-    else:
-        values = pool.copy()
-    values[:, 1] = values[:, 1].swapaxes(-1, -2).copy().reshape(values[:, 1].shape)
-    buffers["kv_pool"] = values
-    return buffers
-
-
-def from_device(buffers: dict[str, np.ndarray]) -> np.ndarray:
-    """The pool [pages, planes, Hkv, 64, d] as float32, unwritten slots as they are."""
-    pool = buffers["kv_pool"].astype(np.float32)
-    shape = pool[:, 1].shape
-    pool[:, 1] = pool[:, 1].reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
-    if "kv_scales" in buffers:
-        pool = (pool - 128) * buffers["kv_scales"][..., None]
-    return pool
-
-
-@dataclass(frozen=True)
-class Step:
-    """New tokens of sequences that have a past, with pages dealt at random."""
-
-    positions: np.ndarray
-    query_start: np.ndarray
-    page_table: np.ndarray
-    pages: int
-
-    @property
-    def sequences(self) -> int:
-        return len(self.page_table)
-
-    def rows(self, b: int) -> range:
-        """Tokens of sequence b."""
-        return range(self.query_start[b], self.query_start[b + 1])
-
-
-def make_step(rng: np.random.Generator, sequences: list[tuple[int, int]], spare_columns: int = 1) -> Step:
-    """sequences: (tokens in the cache, new tokens) of each. One page more than needed is never used."""
-    lengths = [past + new for past, new in sequences]
-    width = max(-(-n // PAGE_TOKENS) for n in lengths) + spare_columns
-    needed = sum(-(-n // PAGE_TOKENS) for n in lengths)
-    order = iter(rng.permutation(needed + 1))
-    table = np.full((len(sequences), width), 2**30, np.int32)  # a page that does not exist
-    for b, n in enumerate(lengths):
-        for column in range(-(-n // PAGE_TOKENS)):
-            table[b, column] = next(order)
-    positions = np.concatenate([np.arange(past, past + new) for past, new in sequences]).astype(np.int32)
-    starts = np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32)
-    return Step(positions, starts, table, needed + 1)
+from plugins.paged_attention.pages import Step
 
 
 def past_pool(

@@ -10,8 +10,8 @@ from plugins.infllmv2.launch import score_coarse, score_fine, select
 from plugins.infllmv2.launch import scratch as sparse_scratch
 from plugins.infllmv2.meaning import block_scores, masked_attention, select_blocks, stored_windows, window_scores
 from plugins.paged_attention.launch import AttentionShape, attend_split, choose_splits, combine, scratch
-from tests.cuda_cases import poisoned
-from tests.cuda_pages import ELEMENTS, from_device, to_device
+from plugins.paged_attention.pages import from_device, to_device
+from plugins.vectors import ELEMENTS, poisoned
 from tests.cuda_routes import run_route
 
 TOKENS, PAGES, DIM, HEADS = 131072, 2048, 128, 16

@@ -7,12 +7,12 @@ import pytest
 
 from plugins.paged_attention.launch import AttentionShape, append
 from plugins.paged_attention.meaning import rotate
-from tests.cuda_cases import poisoned
-from tests.cuda_pages import ELEMENTS, Step, from_device, make_step, past_pool, quantise, to_device
+from plugins.paged_attention.pages import Step, from_device, make_step, quantise, to_device
+from plugins.vectors import ELEMENTS, UNIT, poisoned
+from tests.cuda_pages import past_pool
 from tests.cuda_routes import ROUTES, SEEDS, run_route
 
 PAGE = 64
-UNIT = {"half": 2.0**-10, "bf16": 2.0**-7}  # of the last place, relative
 
 
 def run_append(route: str, seed: int, shape: AttentionShape, step: Step, pool: np.ndarray, qkv: np.ndarray) -> dict:

@@ -27,8 +27,9 @@ from plugins.paged_attention.launch import (
     scratch,
 )
 from plugins.paged_attention.meaning import gather
-from tests.cuda_cases import poisoned
-from tests.cuda_pages import ELEMENTS, Step, from_device, make_step, past_pool, to_device
+from plugins.paged_attention.pages import Step, from_device, make_step, to_device
+from plugins.vectors import ELEMENTS, poisoned
+from tests.cuda_pages import past_pool
 from tests.cuda_routes import ROUTES, SEEDS, run_route
 
 TOLERANCE = {"half": 3e-3, "bf16": 2e-2}

@@ -16,12 +16,12 @@ from edge.config import SparseConfig
 from edge.errors import EdgeError
 from plugins.build.cache import ROOT, cache_folder, source_files, source_key, write_atomically
 from plugins.build.cost import hot_loop
-from plugins.build.embed import TARGETS, module_file
+from plugins.build.embed import TARGETS
 from plugins.build.nvrtc import ARCHITECTURES, TOOLCHAINS, CompileError, Toolchain, cubin, ptx
 from plugins.build.registry import kernels_for
 from plugins.build.sass import Instruction, KernelCode, read_cubin
 from plugins.build.wheels import wheel_file
-from plugins.launch import Kernel
+from plugins.launch import Kernel, module_file
 from plugins.rms_norm.launch import rms_norm
 from tests.synthetic import tiny_config, write_hf_checkpoint
 

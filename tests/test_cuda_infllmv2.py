@@ -18,7 +18,7 @@ from plugins.infllmv2 import meaning
 from plugins.infllmv2.launch import compress, score_coarse, score_fine, scratch, select
 from plugins.launch import Launch
 from plugins.paged_attention.launch import AttentionShape
-from tests.cuda_cases import ELEMENTS, poisoned
+from plugins.vectors import ELEMENTS, poisoned
 from tests.cuda_routes import ROUTES, SEEDS, run_route
 from tests.test_infllmv2_edges import GOLDEN, GOLDEN_TIES, golden_heads
 

@@ -17,7 +17,8 @@ from plugins.linear.launch import LinearShape, best_parts, gemm, gemv, head, lin
 from plugins.linear.meaning import ZEROS, argmax
 from plugins.linear.meaning import linear as meaning
 from plugins.linear.pack import pack_codes, pack_scales
-from tests.cuda_cases import ELEMENTS, Case, poisoned, run_cases
+from plugins.vectors import ELEMENTS, poisoned
+from tests.cuda_cases import Case, run_cases
 from tests.cuda_routes import ROUTES, SEEDS, run_route
 
 FORMATS = tuple(itertools.product((2, 4, 8), (0, 32, 64, 128)))

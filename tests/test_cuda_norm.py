@@ -22,7 +22,8 @@ from plugins.rope.launch import rope_table as launch_rope
 from plugins.rope.meaning import rope_table, rope_tables
 from plugins.swiglu.launch import swiglu as launch_swiglu
 from plugins.swiglu.meaning import swiglu
-from tests.cuda_cases import ELEMENTS, Case, run_cases
+from plugins.vectors import ELEMENTS
+from tests.cuda_cases import Case, run_cases
 from tests.cuda_routes import ROUTES, SEEDS, run_route
 from tests.test_rope import FACTORS_128K, config_128k, run_tables
 

@@ -27,7 +27,7 @@ from plugins.rope.meaning import rope_tables
 from plugins.sampling.launch import sample
 from plugins.swiglu.launch import swiglu
 from plugins.swiglu.meaning import swiglu as swiglu_meaning
-from tests.cuda_cases import poisoned
+from plugins.vectors import poisoned
 from tests.cuda_routes import run_route
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 2, 128, 256, 301
