@@ -14,6 +14,7 @@ from typing import Any
 from edge.config import ModelConfig
 from edge.errors import EdgeError, UsageError
 from edge.kv_cache import KV_BYTES
+from plugins.launch import module_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -105,6 +106,17 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of a file of the bundle."""
         return self.path / name
+
+    def kernels(self, architecture: str) -> bytes:
+        """The machine code for 'sm_87'; EdgeError says for which GPUs there is some."""
+        name = module_file(architecture)
+        if name not in self.manifest.files:
+            there = ", ".join(sorted(other for other in self.manifest.files if other.endswith(".cubin"))) or "none"
+            raise EdgeError(
+                f"{self.path} has no kernels for this GPU ({architecture}), only {there}; export it with the --target "
+                "of this device"
+            )
+        return self.file(name).read_bytes()
 
 
 def is_bundle(path: Path) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 
 from edge.bundle import Bundle, open_bundle
 from edge.config import SparseConfig
+from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
-from edge.executor import Executor
+from edge.executor import DecodingExecutor, Executor
 from edge.kv_cache import KVCache
 from edge.plan import ALWAYS_DENSE, EngineOptions, Plan, make_plan
 from edge.sampler import Sampler, SamplingParams
@@ -52,14 +53,9 @@ class Session:
         self._engine.cache.truncate(sequence.cache_id, sequence.computed)
         sequence.tokens = tokens = list(prompt_ids)
         sequence.prompt_length = len(prompt_ids)
-        sampler = Sampler(params, prompt_ids)
         limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
         end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
-        for index in range(limit):
-            if sequence.tokens is not tokens:
-                raise RuntimeError("this reply was ended by a later one of the same session")
-            logits = self._engine.advance(sequence, progress if index == 0 else None)
-            token = sampler.sample(logits)
+        for index, token in enumerate(self._engine.tokens(sequence, params, limit, progress)):
             tokens.append(token)
             reason = "length" if index + 1 == limit else None
             if token in end_tokens:
@@ -67,6 +63,8 @@ class Session:
             yield TokenEvent(token, reason)
             if reason is not None:
                 return
+            if sequence.tokens is not tokens:
+                raise RuntimeError("this reply was ended by a later one of the same session")
 
     def _reusable(self, prompt_ids: Sequence[int]) -> int:
         """Cached tokens that a run without a cache would have computed alike; the last one must run for its logits."""
@@ -143,6 +141,39 @@ class Engine:
                 return result.logits[-1]
         raise AssertionError("advance() needs a sequence with pending tokens")
 
+    def tokens(
+        self, sequence: ScheduledSequence, params: SamplingParams, limit: int, progress: Progress | None = None
+    ) -> Generator[int, None, None]:
+        """Draw up to `limit` tokens after those of the sequence; the caller appends each before it takes the next."""
+        if isinstance(self._executor, DecodingExecutor):
+            yield from self._device_tokens(self._executor, sequence, params, limit, progress)
+            return
+        sampler = Sampler(params, sequence.tokens)
+        for index in range(limit):
+            yield sampler.sample(self.advance(sequence, progress if index == 0 else None))
+
+    def _device_tokens(
+        self,
+        executor: DecodingExecutor,
+        sequence: ScheduledSequence,
+        params: SamplingParams,
+        limit: int,
+        progress: Progress | None,
+    ) -> Generator[int, None, None]:
+        """Bursts of tokens. What a burst computed beyond the last token that was taken is forgotten."""
+        draw = DeviceDraw(params, self.vocab_size)
+        yield draw.first(self.advance(sequence, progress), sequence.tokens)
+        left = limit - 1
+        while left:
+            count = min(executor.burst, left)
+            self.cache.reserve(sequence.cache_id, len(sequence.tokens) + count - 1)
+            step = self._scheduler.next_step([sequence])
+            assert step is not None and step.counts == (1,)
+            for token in executor.decode(step.batch, draw.params(sequence.tokens), count)[:, 0]:
+                sequence.computed += 1
+                yield check_drawn(int(token))
+            left -= count
+
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray:
         """Logits [last, vocab] after each of the last `last` tokens of one sequence, teacher-forced."""
         return np.concatenate(list(self.stream_logits(ids, last)))
@@ -184,13 +215,19 @@ class Engine:
 
 
 def open_engine(path: Path, options: EngineOptions) -> Engine:
-    """Open a bundle, plan its memory and load its executor."""
-    from edge.executors.onnxruntime import OnnxRuntimeExecutor  # a device needs the library of its own executor only
-
+    """Open a bundle, plan its memory and load its executor. A device needs the libraries of its own executor only."""
     bundle = open_bundle(path)
-    plan = make_plan(bundle, options)
-    executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse)
-    return Engine(bundle, executor, plan, options.chunk)
+    if bundle.manifest.target == "onnxruntime":
+        from edge.executors.onnxruntime import OnnxRuntimeExecutor
+
+        plan = make_plan(bundle, options)
+        return Engine(
+            bundle, OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse), plan, options.chunk
+        )
+    from edge.executors.tensorrt_open import open_tensorrt
+
+    executor, plan, chunk = open_tensorrt(bundle, options)
+    return Engine(bundle, executor, plan, chunk)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

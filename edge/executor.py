@@ -1,9 +1,9 @@
-"""The only thing an engine must offer: one ragged step (DESIGN 7)."""
+"""What an engine must offer: one ragged step (DESIGN 7), and on a device also decoding without the host."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -45,4 +45,36 @@ class Executor(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Facts for reports: provider, kernels, threads, KV type."""
+        ...
+
+
+@dataclass(frozen=True)
+class DrawParams:
+    """How the device draws the tokens of B sequences (plugins/sampling); every array is [B].
+
+    step: where in the request the next token will be. seen [B, ceil(vocabulary / 32)] uint32, a bit for each token
+    that occurred, only where a `penalty` is not 1.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seed: np.ndarray
+    step: np.ndarray
+    penalty: np.ndarray | None = None
+    seen: np.ndarray | None = None
+
+
+@runtime_checkable
+class DecodingExecutor(Executor, Protocol):
+    """An executor that draws tokens and feeds them back by itself, up to `burst` a sequence before the host looks."""
+
+    burst: int
+
+    def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
+        """`count` decode steps -> tokens [count, B] int32, -1 where no logit was finite.
+
+        `batch` is the first of them: one token of each sequence. Its page table must have the pages of all.
+        """
         ...

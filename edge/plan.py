@@ -79,16 +79,29 @@ def _activation_bytes(bundle: Bundle, options: EngineOptions, context: int) -> i
 
 
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
-    """Fit the context into the budget: --memory, or else 90 % of the memory the system can give now.
+    """The plan of a run on the CPU; `fit_plan` has the rules."""
+    limit = bundle.manifest.limits["max_context"]
+    return fit_plan(
+        bundle,
+        options,
+        weights=_weights_bytes(bundle),
+        activations=_activation_bytes(bundle, options, options.context or limit),
+        process=PROCESS_BYTES,
+        free=available_memory(),
+        limit=limit,
+    )
+
+
+def fit_plan(
+    bundle: Bundle, options: EngineOptions, *, weights: int, activations: int, process: int, free: int, limit: int
+) -> Plan:
+    """Fit the context into the budget: --memory, or else 90 % of the memory that is `free` before the model is loaded.
 
     A context that was asked for and does not fit is refused, though it may exceed what the model was trained for;
-    one that was not asked for is the model's limit, or as much of it as fits.
+    one that was not asked for is `limit` tokens, or as many of them as fit.
     """
-    budget = options.memory if options.memory is not None else int(available_memory() * 0.9)
-    limit = bundle.manifest.limits["max_context"]
-    weights = _weights_bytes(bundle)
-    activations = _activation_bytes(bundle, options, options.context or limit)
-    fixed = weights + activations + PROCESS_BYTES
+    budget = options.memory if options.memory is not None else int(free * 0.9)
+    fixed = weights + activations + process
     page = kv_page_bytes(bundle)
     wanted = pages_for(options.context or limit)
     fitting = max(0, budget - fixed) // page
@@ -97,7 +110,7 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     num_pages = min(wanted, fitting)
     max_context = min(options.context or limit, num_pages * PAGE_TOKENS)
     sparse = resolve_sparse(bundle, options)
-    return Plan(max_context, num_pages, weights, num_pages * page, activations, sparse=sparse)
+    return Plan(max_context, num_pages, weights, num_pages * page, activations, process, sparse)
 
 
 def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | None:

@@ -243,5 +243,5 @@ def test_a_bundle_for_another_executor_is_refused(tiny_bundle: Path, tmp_path: P
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
     manifest = replace(open_bundle(other).manifest, target="rtx")
     (other / MANIFEST).write_text(manifest.to_json())
-    with pytest.raises(UsageError, match="exported for rtx"):
+    with pytest.raises(EdgeError, match=r"exported for rtx, which needs a GPU .*--target onnxruntime"):
         open_engine(other, EngineOptions())

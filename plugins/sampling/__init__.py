@@ -13,4 +13,7 @@
 Output: token [R] int32, whose bit is set in `seen`; -1 if the largest logit is not finite, where edge/sampler.py would
 raise an error (NaN is never the largest). A token depends on nothing but its own row and parameters, so neither
 batching nor a replayed CUDA graph changes it.
+
+After it `advance` makes the next step's inputs of the tokens, without the host: input_ids, positions, switch_length and
+step of every row, and a line of `history`, which the host reads every few steps.
 """

@@ -32,6 +32,29 @@ class SamplingInputs:
     seen: np.ndarray | None = None
 
 
+@dataclass
+class DecodeState:
+    """What a decode step leaves for the next on the device, of R rows; `history` is [capacity, R], the rest [R]."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    switch_length: np.ndarray
+    step: np.ndarray
+    count: np.ndarray
+    history: np.ndarray
+
+
+def advance(token: np.ndarray, state: DecodeState) -> None:
+    """Feed the drawn tokens [R] back: `state` becomes the next step's. A full history stays as it is."""
+    rows, room = np.arange(len(token)), state.count < len(state.history)
+    state.history[state.count[room], rows[room]] = token[room]
+    state.count[room] += 1
+    state.input_ids[:] = np.maximum(token, 0)
+    state.positions += 1
+    state.step += 1
+    np.maximum(state.switch_length, state.positions + 1, out=state.switch_length)
+
+
 def sample(x: SamplingInputs) -> np.ndarray:
     """The tokens [R] int32: the first id whose cumulative mass exceeds the share that its row's Philox word gives."""
     tokens = np.empty(len(x.logits), np.int32)

@@ -1,0 +1,86 @@
+"""From a bundle to its TensorRT executor: find the device, the engine built for it and the kernels, and plan memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from edge.bundle import Bundle
+from edge.cuda import Device, Kernels, open_device
+from edge.engine_file import EngineFile, choose_engine
+from edge.errors import EdgeError, UsageError
+from edge.executors.tensorrt import Sizes, TensorRTExecutor, pool_bytes
+from edge.executors.tensorrt_engine import load_engine
+from edge.kv_cache import pages_for
+from edge.machine import available_memory
+from edge.plan import EngineOptions, Plan, fit_plan, resolve_sparse
+from edge.tensorrt import Flavour, load_flavour
+from plugins import PAGE_TOKENS
+from plugins.plugin import PluginHost
+
+
+def open_tensorrt(bundle: Bundle, options: EngineOptions) -> tuple[TensorRTExecutor, Plan, int]:
+    """-> the executor, its plan, and how many prompt tokens a step may have. EdgeError says what is missing here."""
+    _refuse_other_attention(bundle, options)
+    try:
+        device = open_device()
+    except EdgeError as error:
+        raise EdgeError(
+            f"{bundle.path} was exported for {bundle.manifest.target}, which needs a GPU ({error}); to run on the CPU "
+            "export with --target onnxruntime"
+        ) from None
+    flavour = load_flavour(bundle.manifest.target)
+    file = choose_engine(bundle, tensorrt=flavour.name, architecture=device.architecture)
+    return open_executor(bundle, options, device, flavour, file)
+
+
+def open_executor(
+    bundle: Bundle, options: EngineOptions, device: Device, flavour: Flavour, file: EngineFile
+) -> tuple[TensorRTExecutor, Plan, int]:
+    """The rest of `open_tensorrt`, on a device and with an engine that were chosen."""
+    sizes = _step_sizes(file, options)
+    longest = sizes.table_width * PAGE_TOKENS
+    limit = min(bundle.manifest.limits["max_context"], longest)
+    if options.context is not None and options.context > longest:
+        raise EdgeError(
+            f"--context {options.context} exceeds the {longest} tokens that {file.path.name} was built for; ask for "
+            f"less, or run: edge build --max-context {options.context}"
+        )
+    free = _free_memory(device)
+    kernels = Kernels(bundle.kernels(device.architecture), device)
+    engine = load_engine(file, flavour, PluginHost(kernels))
+    plan = fit_plan(
+        bundle,
+        options,
+        weights=file.measured.bytes,
+        activations=pool_bytes(bundle, engine, sizes),
+        process=0,
+        free=free,
+        limit=limit,
+    )
+    width = pages_for(plan.max_context)
+    sizes = replace(sizes, pages=plan.num_pages, table_width=width)
+    return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences
+
+
+def _refuse_other_attention(bundle: Bundle, options: EngineOptions) -> None:
+    """An engine holds its sparse settings, since the operator's function must know the size of its top-k."""
+    if resolve_sparse(bundle, options) != bundle.config.sparse:
+        raise UsageError(
+            f"{bundle.path} is an engine of fixed attention settings; leave out --attention and --sparse, or export "
+            "the checkpoint with the ones you want"
+        )
+
+
+def _free_memory(device: Device) -> int:
+    """Bytes that can be had. A Jetson's GPU shares the system's memory, and its driver counts cached files as used."""
+    free, _ = device.memory()
+    return available_memory() if device.is_integrated else free
+
+
+def _step_sizes(file: EngineFile, options: EngineOptions) -> Sizes:
+    """What a step may have, without pages yet: the engine's limits, or less where the user wants less."""
+    shapes = {profile.name: profile.shapes for profile in file.recipe.profiles}
+    sequences = shapes["decode"]["input_ids"][2][0]
+    tokens = min(shapes["prefill"]["input_ids"][2][0], options.chunk + sequences)
+    width = shapes["prefill"]["page_table"][2][1]
+    return Sizes(tokens=tokens, sequences=sequences, rows=sequences, table_width=width, pages=0)

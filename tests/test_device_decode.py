@@ -1,0 +1,140 @@
+"""The loop over an executor that draws tokens by itself: bursts change nothing about a reply."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.draw import DeviceDraw
+from edge.engine import Engine, open_engine
+from edge.errors import EdgeError
+from edge.executor import DecodingExecutor, DrawParams, StepBatch, StepResult
+from edge.plan import EngineOptions
+from edge.sampler import Sampler, SamplingParams, apply_repetition_penalty
+from plugins.sampling.meaning import DecodeState, SamplingInputs, advance, mark_seen, sample
+from tests.test_engine import GREEDY, prompt, reply
+
+
+class Decoding:
+    """A CPU executor made to decode like a device: the kernels' meanings, a step at a time, no look from the host."""
+
+    def __init__(self, engine: Engine, burst: int) -> None:
+        self.inner, self.burst, self.bursts = engine._executor, burst, list[int]()
+        self.num_pages = self.inner.num_pages
+        engine._executor = self
+
+    def step(self, batch: StepBatch) -> StepResult:
+        return self.inner.step(batch)
+
+    def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
+        self.bursts.append(count)
+        rows = len(batch.page_table)
+        copies = [a.copy() for a in (batch.input_ids, batch.positions, batch.switch_length, params.step)]
+        state = DecodeState(*copies, np.zeros(rows, np.int32), np.zeros((count, rows), np.int32))
+        draw = {field.name: getattr(params, field.name) for field in fields(DrawParams)}
+        for _ in range(count):
+            now = replace(
+                batch, input_ids=state.input_ids, positions=state.positions, switch_length=state.switch_length
+            )
+            logits = self.inner.step(now).logits
+            tokens = sample(SamplingInputs(logits, **draw | {"step": state.step}))
+            if params.seen is not None:
+                mark_seen(params.seen, tokens)
+            advance(tokens, state)
+        return state.history
+
+    def describe(self) -> dict[str, str]:
+        return self.inner.describe()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> Engine:
+    return open_engine(tiny_bundle, EngineOptions(context=192, chunk=16))
+
+
+def decoding(engine: Engine, burst: int) -> Engine:
+    """The engine with another burst; its executor may be wrapped already."""
+    if isinstance(engine._executor, Decoding):
+        engine._executor = engine._executor.inner
+    assert isinstance(Decoding(engine, burst), DecodingExecutor)
+    return engine
+
+
+SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.3, seed=5, ignore_eos=True)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(burst=st.integers(1, 9), length=st.integers(1, 70), tokens=st.integers(1, 12))
+def test_bursts_of_any_length_give_the_host_loops_tokens(engine: Engine, burst: int, length: int, tokens: int) -> None:
+    params = replace(GREEDY, max_tokens=tokens)
+    on_device = reply(decoding(engine, burst), prompt(length), params)
+    assert sum(engine._executor.bursts) == tokens - 1 and max(engine._executor.bursts, default=0) <= burst
+    engine._executor = engine._executor.inner
+    assert on_device == reply(engine, prompt(length), params)
+
+
+def test_a_draw_depends_on_its_seed_and_place_not_on_bursts(engine: Engine) -> None:
+    replies = {
+        tuple(reply(decoding(engine, burst), prompt(20), replace(SAMPLED, max_tokens=12))) for burst in (1, 5, 16)
+    }
+    assert len(replies) == 1
+    other = replace(SAMPLED, max_tokens=12, seed=6)
+    assert tuple(reply(engine, prompt(20), other)) not in replies
+    unseeded = replace(other, seed=None)
+    assert reply(engine, prompt(20), unseeded) != reply(engine, prompt(20), unseeded)
+
+
+def test_a_reply_that_ends_inside_a_burst_keeps_only_what_it_said(engine: Engine) -> None:
+    decoding(engine, 8)
+    ids = prompt(30)
+    whole = reply(engine, ids)
+    session = engine.open_session()
+    replies = session.generate(ids, GREEDY)
+    taken = [next(replies).token_id for _ in range(3)]
+    replies.close()
+    # The next turn goes on from what was taken; the rest of the burst must not show.
+    second = [event.token_id for event in session.generate([*ids, *taken, 11, 12], GREEDY)]
+    session.close()
+    assert taken == whole[:3]
+    assert second == reply(engine, [*ids, *taken, 11, 12])
+    assert engine.cache.free_pages == engine.cache.num_pages
+
+
+def test_the_context_ends_a_reply_at_its_last_page(engine: Engine) -> None:
+    decoding(engine, 16)
+    ids = prompt(engine.max_context - 5)
+    params = replace(GREEDY, max_tokens=100)
+    assert len(reply(engine, ids, params)) == 5
+
+
+def test_logits_without_a_choice_are_an_error(engine: Engine) -> None:
+    draw = DeviceDraw(SamplingParams(), 16)
+    with pytest.raises(EdgeError, match="no logit is finite"):
+        draw.first(np.full(16, -np.inf, np.float32), [1])
+    decoding(engine, 4)
+    engine._executor.decode = lambda batch, params, count: np.full((count, 1), -1, np.int32)  # type: ignore[method-assign]
+    with pytest.raises(EdgeError, match="no logit is finite"):
+        reply(engine, prompt(4))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.data())
+def test_the_first_token_is_the_host_samplers_when_greedy(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 100))
+    tokens = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20))
+    penalty = data.draw(st.sampled_from([1.0, 1.25, 2.0]))
+    logits = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    params = SamplingParams(repetition_penalty=penalty)
+    assert DeviceDraw(params, size).first(logits, tokens) == Sampler(params, tokens).sample(logits)
+    seen = DeviceDraw(params, size).params(tokens).seen
+    if penalty == 1:
+        assert seen is None
+    else:
+        bits = np.unpackbits(seen.view(np.uint8), bitorder="little")[:size]
+        assert set(np.flatnonzero(bits)) == set(tokens)
+        assert apply_repetition_penalty(logits, np.unique(tokens), penalty).shape == logits.shape
