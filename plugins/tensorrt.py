@@ -127,6 +127,7 @@ class _Plugin:
         self.tactic = operator.tactics()[0] if tactic is None else tactic
         self.plugin_name, self.plugin_version, self.plugin_namespace = operator.NAME, VERSION, NAMESPACE
         self.num_outputs = len(operator.OUTPUTS)
+        self.timing_cache_id = repr(operator)  # plugins of equal attributes and shapes share what was timed
         self.kept_fields = _plugin_fields(self.api, type(operator), operator)
         self.serialized = self.api.PluginFieldCollection(self.kept_fields)
 
@@ -205,6 +206,8 @@ class _Plugin:
     ) -> None:
         """Queue the operator's kernels on addresses of device memory; an exception fails TensorRT's run."""
         operator, launcher = self.operator, self.host.launcher
+        if self.host.building and len(operator.tactics()) == 1:
+            return  # there is nothing to choose, and a page table of anything would lead anywhere
         with self._reported():
             if launcher is None:
                 raise EdgeError("its kernels cannot run here, where there is no GPU")

@@ -6,7 +6,7 @@ import gc
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -180,6 +180,25 @@ def check_launches(api: Any) -> None:
             assert addresses[name].to_bytes(8, "little") in passed, (sample.operator.NAME, name)
 
 
+def check_a_builder_runs_only_what_it_can_choose(api: Any) -> None:
+    """Its inputs hold anything: page tables and positions would lead anywhere, weights and activations do not."""
+    ran = set()
+    for sample in all_samples():
+        device = EmulatedDevice()
+        plugin = make_plugin(api, PluginHost(device, building=True), sample.operator)
+        call(api, plugin, sample, device)
+        if device.queue:
+            ran.add(sample.operator.NAME)
+    assert ran == {"PackedLinear"}
+
+
+def check_timings_are_shared_by_equals_only(api: Any) -> None:
+    ids = {sample.operator: make_plugin(api, PluginHost(), sample.operator).timing_cache_id for sample in all_samples()}
+    assert len(set(ids.values())) == len(ids)
+    for operator, known in ids.items():
+        assert make_plugin(api, PluginHost(), replace(operator)).timing_cache_id == known != ""
+
+
 def check_errors(api: Any) -> None:
     """A failure in `enqueue` is an exception, since TensorRT takes any return for success, and a sentence."""
     sample = samples("decode", "float16")["PagedAttention"]
@@ -199,5 +218,7 @@ CHECKS = (
     check_workspace,
     check_tactics,
     check_launches,
+    check_a_builder_runs_only_what_it_can_choose,
+    check_timings_are_shared_by_equals_only,
     check_errors,
 )
