@@ -155,12 +155,12 @@ def _built_at(path: Path) -> int:
 
 
 def choose_engine(bundle: Bundle, *, tensorrt: str, architecture: str) -> EngineFile:
-    """The newest intact engine for this TensorRT ('TensorRT 10.3.0') and GPU ('sm_87').
+    """The newest intact engine for this TensorRT ('TensorRT 10.3.0') and GPU ('sm_87'); functions only without plugins.
 
     Another driver is no reason against one: TensorRT itself knows which it takes. EdgeError says why none fits.
     """
     reasons = []
-    for engine in read_engines(bundle):
+    for engine in sorted(read_engines(bundle), key=lambda engine: engine.recipe.plugins == ""):
         reason = _unfit(engine, bundle, tensorrt, architecture)
         if reason is None and not engine.is_intact():
             reason = "is damaged"

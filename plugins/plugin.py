@@ -112,8 +112,8 @@ class Launcher(Protocol):
 class PluginHost:
     """What all plugins of a process share.
 
-    launcher: None where engines are built without a GPU; building: the caller is TensorRT's builder, which times plugins
-    on inputs that hold anything; errors: what plugins could not do, in sentences, because TensorRT prints their
+    launcher: None where engines are built without a GPU; building: the caller is TensorRT's builder, which times
+    plugins on inputs that hold anything; errors: what plugins could not do, in sentences, because TensorRT prints their
     exceptions and says no more than that something failed.
     """
 

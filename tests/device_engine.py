@@ -44,19 +44,14 @@ def engine_file(bundle: Bundle) -> EngineFile:
     path.parent.mkdir(exist_ok=True)
     profiles = build_profiles(bundle.config, BUILD)
     write_engine(bundle.file(GRAPH), profiles, path)
-    recipe = Recipe(bundle.manifest.key, bundle.manifest.target, NAME, "any", (), "", "", profiles)
+    recipe = Recipe(bundle.manifest.key, bundle.manifest.target, NAME, "any", (), "", plugin_hash(), profiles)
     return EngineFile(path, recipe, Measured("", path.stat().st_size, 0, 0, 0))
 
 
 def publish_engine(bundle: Bundle, architecture: str) -> Path:
     """The stand-in's engine as `edge build` would leave a real one, to be found by the commands."""
     file = engine_file(bundle)
-    recipe = replace(
-        file.recipe,
-        platform=this_platform(),
-        compute_capabilities=(architecture.replace("_", ""),),
-        plugins=plugin_hash(),
-    )
+    recipe = replace(file.recipe, platform=this_platform(), compute_capabilities=(architecture.replace("_", ""),))
     path = engine_path(bundle.path, recipe)
     file.path.rename(path)
     published = EngineFile(path, recipe, replace(file.measured, sha256=hash_file(path)))

@@ -19,15 +19,18 @@ from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.selftest_model import CONFIG, selftest_checkpoint
 from edge.bundle import Bundle
+from edge.cuda import open_device
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError, UsageError
 from edge.executor import DrawParams
 from edge.executors.tensorrt import BURST, TensorRTExecutor
+from edge.executors.tensorrt_open import open_executor
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
 from edge.selftest.model import golden, is_selftest_model, run_golden
+from edge.tensorrt import Flavour
 from plugins.sampling.meaning import SamplingInputs, sample
 from plugins.simt.driver.library import EmulatedDriver
 from tests.device_engine import OPTIONS, device_bundle, engine_file, kernels_of, open_on_device
@@ -275,6 +278,13 @@ def test_a_bundle_without_an_engine_says_how_to_build_one(
         open_engine(bundle.path, OPTIONS)
     with pytest.raises(UsageError, match="leave out --attention and --sparse"):
         open_engine(bundle.path, replace(OPTIONS, attention="dense"))
+
+
+def test_an_engine_of_functions_is_refused(bundle: Bundle, driver: EmulatedDriver) -> None:
+    file = engine_file(bundle)
+    functions = replace(file, recipe=replace(file.recipe, plugins=""))
+    with pytest.raises(EdgeError, match=r"built from functions.*without --functions"):
+        open_executor(bundle, OPTIONS, open_device(), Flavour(NAME, Api()), functions)
 
 
 def test_an_engine_that_does_not_load_is_to_be_built_again(bundle: Bundle, driver: EmulatedDriver) -> None:

@@ -11,11 +11,14 @@ from typing import Annotated
 import typer
 
 from edge.cli.bench import bench
+from edge.cli.build import build
 from edge.cli.console import err, out
+from edge.cli.doctor import doctor
 from edge.cli.eval import evaluate
-from edge.cli.export import build, export
+from edge.cli.export import export
 from edge.cli.generate import chat, run
 from edge.cli.logits import logits
+from edge.cli.selftest import selftest
 from edge.errors import EdgeError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -34,6 +37,8 @@ app.command("chat")(chat)
 app.command("logits")(logits)
 app.command("bench")(bench)
 app.command("eval")(evaluate)
+app.command("doctor")(doctor)
+app.command("selftest")(selftest)
 
 
 @app.callback(invoke_without_command=True)

@@ -37,6 +37,11 @@ def open_executor(
     bundle: Bundle, options: EngineOptions, device: Device, flavour: Flavour, file: EngineFile
 ) -> tuple[TensorRTExecutor, Plan, int]:
     """The rest of `open_tensorrt`, on a device and with an engine that were chosen."""
+    if not file.recipe.plugins:
+        raise EdgeError(
+            f"{file.path.name} was built from functions, which cannot update the KV cache in place; run: edge build "
+            f"{bundle.path}, without --functions, of an export that has kernels"
+        )
     sizes = _step_sizes(file, options)
     longest = sizes.table_width * PAGE_TOKENS
     limit = min(bundle.manifest.limits["max_context"], longest)

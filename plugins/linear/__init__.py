@@ -1,7 +1,7 @@
 """Linear layers with low-bit weights: y = x W^T, W[n, k] = (code - zero) * scale, and the language model's head.
 
-`edge.PackedLinear` (x, weights, scales) -> y, and `edge.PackedHead` -> logits and token, the largest one's number; their
-attributes are bits, group, n and k.
+`edge.PackedLinear` (x, weights, scales) -> y, and `edge.PackedHead` -> logits and token, the number of the largest;
+their attributes are bits, group, n and k.
 
 | bits | codes | zero | |
 |---|---|---|---|

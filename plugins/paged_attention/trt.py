@@ -1,10 +1,10 @@
 """edge.PagedAttention for TensorRT.
 
 The pool is an input and an output that the runtime binds to the same memory. A plugin could tell TensorRT so
-(`getAliasedInput`), but these do not. Undeclared, both pointers reach the kernels as they were bound, and TensorRT-RTX plans
-no memory of a pool's size. Declared, it plans none either, but compiles a program of its own for every stretch between
-two attention layers (tests/test_tensorrt_aliasing.py); on TensorRT 10 Edge-LLM found it to keep a second cache for each
-layer. `enqueue` checks that the addresses are equal.
+(`getAliasedInput`), but these do not. Undeclared, both pointers reach the kernels as they were bound, and TensorRT-RTX
+plans no memory of a pool's size. Declared, it plans none either, but compiles a program of its own for every stretch
+between two attention layers (tests/test_tensorrt_aliasing.py); on TensorRT 10 Edge-LLM found it to keep a second cache
+for each layer. `enqueue` checks that the addresses are equal.
 """
 
 from __future__ import annotations
