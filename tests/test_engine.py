@@ -17,6 +17,7 @@ from edge.config import LongRope
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
+from edge.executors import tensorrt_open
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from tests.synthetic import tiny_config, write_hf_checkpoint
@@ -33,6 +34,10 @@ def engine(tiny_bundle: Path) -> Engine:
 def cold(tiny_bundle: Path) -> Engine:
     """An engine that never saw the conversation: the truth to compare with."""
     return open_engine(tiny_bundle, EngineOptions(context=256, chunk=512))
+
+
+def no_device() -> None:
+    raise EdgeError("there is no CUDA driver here")
 
 
 class Counting:
@@ -239,7 +244,10 @@ def test_turns_across_longropes_limit_are_as_cold_runs(switching: Path, lengths:
         assert counting.tokens == length - kept + 7
 
 
-def test_a_bundle_for_another_executor_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_for_another_executor_is_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_open, "open_device", no_device)  # another test may have loaded the emulated driver
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
     manifest = replace(open_bundle(other).manifest, target="rtx")
     (other / MANIFEST).write_text(manifest.to_json())

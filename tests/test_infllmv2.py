@@ -55,6 +55,7 @@ def model_bytes(case: Sparse, dtype: str = "float32") -> bytes:
         head_dim=case.dim,
         scale=case.dim**-0.5,
         use_nope=int(case.use_nope),
+        max_blocks=case.selected,
     )
 
 
