@@ -25,13 +25,28 @@ _INFINITY_BITS = {
 
 
 @dataclass(frozen=True)
+class Codes:
+    """How a quantised matrix [N, K] is stored: W[n, k] = (code - zero) * scale[n, k // group], to the last bit.
+
+    bits: 2 (ternary: codes 0, 1, 2, zero 1) or 4 (codes 0..15, zero 8); group: K means a scale a row.
+    `read(slice(a, b))` -> (codes [rows, K] uint8, scales [rows, K / group] float32, which are positive).
+    """
+
+    bits: int
+    group: int
+    zero: int
+    read: Callable[[slice], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
 class LazyTensor:
     """One weight of a checkpoint; nothing is read before `read` is called.
 
     `read(slice(a, b))` returns rows a..b of the first axis as `dtype`, and `read(slice(None))` all of them.
     16- and 32-bit formats give a read-only view into the memory map (GGUF's q and k projections, whose rows
     are stored in another order, a copy of the rows asked for); quantised formats are dequantised to float32.
-    `release()` lets the mapped pages that were read leave memory; reading again brings them back.
+    `release()` lets the mapped pages that were read leave memory; reading again brings them back. `codes`: the stored
+    codes of a format that an executor can take over as they are, else None.
     """
 
     name: str
@@ -40,6 +55,7 @@ class LazyTensor:
     stored_as: str
     read: Callable[[slice], np.ndarray]
     release: Callable[[], None] = lambda: None
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True)
