@@ -88,8 +88,18 @@ def measure(bundle: Path, build: Build) -> str:
     return row
 
 
-def aliased_engine(bundle: Path, *, aliased: bool) -> str:
-    """How an engine is cut and what it copies, if plugins declare that a pool's output is its input."""
+@dataclass(frozen=True)
+class Cut:
+    """How an engine is cut into programs, what it copies between them, and bytes of the largest region it plans."""
+
+    programs: int
+    plugins_inside: int
+    copies: int
+    largest_region: int
+
+
+def cut_of_engine(bundle: Path, *, aliased: bool) -> Cut:
+    """Build the engine, with plugins that declare that a pool's output is its input, or as they are."""
     flavour, errors = load_flavour("rtx"), list[str]()
     trt, logger = flavour.api, error_logger(flavour.api, errors)
     builder = trt.Builder(logger)
@@ -105,11 +115,13 @@ def aliased_engine(bundle: Path, *, aliased: bool) -> str:
             profile.set_shape(name, *bounds)
         config.add_optimization_profile(profile)
     engine = bytes(builder.build_serialized_network(network, config))
-    programs = len(re.findall(rb"region = \{ name=devmem_topdown_0 ", engine))
-    copies = len(re.findall(rb"Reformatting CopyNode for ", engine))
-    inside = len(re.findall(rb"custom_layer=\{", engine))
-    how = "declared aliases" if aliased else "undeclared"
-    return f"{how}: {programs} compiled programs with {inside} plugin layers inside, {copies} copies between them"
+    regions = re.findall(rb"region = \{ name=devmem\S* size=(\d+)", engine)
+    return Cut(
+        programs=len(re.findall(rb"region = \{ name=devmem_topdown_0 ", engine)),
+        plugins_inside=len(re.findall(rb"custom_layer=\{", engine)),
+        copies=len(re.findall(rb"Reformatting CopyNode for ", engine)),
+        largest_region=max(map(int, regions)),
+    )
 
 
 def _with_aliases(trt: Any) -> Any:
@@ -141,8 +153,13 @@ def main(
         place.mkdir(parents=True, exist_ok=True)
         if aliased:
             bundle = bundle_of(place, MINICPM4_05B, PACKED)
-            for declared in (False, True):
-                print(aliased_engine(bundle, aliased=declared), flush=True)
+            for how, aliased in (("undeclared", False), ("declared aliases", True)):
+                cut = cut_of_engine(bundle, aliased=aliased)
+                print(
+                    f"{how}: {cut.programs} compiled programs with {cut.plugins_inside} plugin layers inside, "
+                    f"{cut.copies} copies between them, largest region {cut.largest_region / MIB:.1f} MiB",
+                    flush=True,
+                )
             return
         print("| build | time | peak resident | of it anonymous | estimated | engine |\n|---|---|---|---|---|---|")
         for build in BUILDS:
