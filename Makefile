@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
+# A file's tests share what they set up; files keep the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long lint bench bench-context clean
 
@@ -14,10 +16,10 @@ demo: $(VENV)/.base
 	$(BIN)/edge bench $(DEMO)/bundle --html $(DEMO)/report.html
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not long" $(WORKERS)
 
 test-long: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,6 +16,15 @@ from tests.synthetic import smollm2_gguf_path, tiny_config, write_hf_checkpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Minutes each: first, so that two workers end together.
+LONGEST = ("test_recall.py", "test_smollm2.py", "test_cuda_attention.py", "test_tensorrt_build.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; all others in their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real SmolLM2-135M-Instruct; its absence is a failure that says what to install, not a skip."""
