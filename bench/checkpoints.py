@@ -1,6 +1,7 @@
-"""Random checkpoints in the shapes of MiniCPM4, streamed to disk: Hugging Face safetensors and GGUF Q4_0.
+"""Random checkpoints in the shapes of MiniCPM4, streamed to disk: Hugging Face safetensors and GGUF.
 
-Speed does not depend on what the weights say, so random ones measure the real thing without a download.
+Speed does not depend on what the weights say, so random ones measure the real thing without a download. `ternary`
+weights are those that training with BitCPM4's quantiser leaves in the projections (spec: 1.1), a scale a row.
 """
 
 from __future__ import annotations
@@ -31,8 +32,20 @@ def _random_rows(name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         yield generator.standard_normal((rows, *shape[1:]), dtype=np.float32) * np.float32(0.02)
 
 
-def write_safetensors(folder: Path, config: ModelConfig) -> Path:
+def _ternary_rows(name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """`_random_rows`, in the projections rounded to -s, 0 or s by the mean magnitude s of each row, as bfloat16."""
+    for rows in _random_rows(name, shape):
+        if "_proj." in name:
+            scales = np.abs(rows).mean(1, keepdims=True)
+            stored = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+            yield np.clip(np.rint(rows / scales), -1, 1) * stored
+        else:
+            yield rows
+
+
+def write_safetensors(folder: Path, config: ModelConfig, *, ternary: bool = False) -> Path:
     """A Hugging Face folder of bfloat16 weights without a tokenizer."""
+    draw = _ternary_rows if ternary else _random_rows
     folder.mkdir(parents=True, exist_ok=True)
     header, offset = {}, 0
     for name, shape in expected_shapes(config):
@@ -44,7 +57,7 @@ def write_safetensors(folder: Path, config: ModelConfig) -> Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in expected_shapes(config):
-            for rows in _random_rows(name, shape):
+            for rows in draw(name, shape):
                 file.write(rows.astype(ml_dtypes.bfloat16).tobytes())
     (folder / "config.json").write_text(json.dumps(_hf_config(config)))
     return folder
@@ -82,8 +95,9 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def write_gguf_q4_0(path: Path, config: ModelConfig) -> Path:
-    """The same weights as a llama.cpp file, every matrix in Q4_0 (4.5 bits a weight), without a vocabulary.
+def write_gguf(path: Path, config: ModelConfig, *, ternary: bool = False) -> Path:
+    """The same weights as a llama.cpp file without a vocabulary: every matrix in Q4_0 (4.5 bits a weight), or ternary
+    projections in TQ2_0 (2.06 bits) and the embedding, which is the head too, in Q8_0.
 
     The rows of q and k stay in Hugging Face's order: which permutation of random rows it is changes no speed.
     """
@@ -105,12 +119,13 @@ def write_gguf_q4_0(path: Path, config: ModelConfig) -> Path:
     writer.add_residual_scale(c.residual_scale)
     writer.add_logit_scale(c.logit_divisor)
     writer.add_tokenizer_model("no_vocab")
-    kind = gguf.GGMLQuantizationType.Q4_0
+    kinds = gguf.GGMLQuantizationType
     for name, shape in expected_shapes(c):
-        values = np.concatenate(list(_random_rows(name, shape)))
+        values = np.concatenate(list((_ternary_rows if ternary else _random_rows)(name, shape)))
         if len(shape) == 1:
             writer.add_tensor(_gguf_name(name), values)
         else:
+            kind = (kinds.TQ2_0 if "_proj." in name else kinds.Q8_0) if ternary else kinds.Q4_0
             writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -119,12 +134,13 @@ def write_gguf_q4_0(path: Path, config: ModelConfig) -> Path:
     return path
 
 
-def prepare(folder: Path, config: ModelConfig) -> tuple[Path, Path]:
-    """The safetensors folder and the Q4_0 file of one shape in `folder`, made once."""
+def prepare(folder: Path, config: ModelConfig, *, ternary: bool = False) -> tuple[Path, Path]:
+    """The safetensors folder and the llama.cpp file of one shape in `folder`, made once."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, model = folder / "checkpoint", folder / "q4_0.gguf"
+    checkpoint = folder / ("ternary" if ternary else "checkpoint")
+    model = folder / ("tq2_0.gguf" if ternary else "q4_0.gguf")
     if not (checkpoint / "config.json").exists():
-        write_safetensors(checkpoint, config)
+        write_safetensors(checkpoint, config, ternary=ternary)
     if not model.exists():
-        write_gguf_q4_0(model.with_suffix(".partial"), config).rename(model)
+        write_gguf(model.with_suffix(".partial"), config, ternary=ternary).rename(model)
     return checkpoint, model

@@ -28,7 +28,7 @@ from rich.table import Table
 from bench.checkpoints import prepare
 from bench.context_plot import Lines, context_svg
 from bench.decode_bytes import weight_bytes
-from bench.peers import LLAMA, Measured, measure_llama, measure_ours, prepare_bundle, print_table, take_turns
+from bench.peers import Measured, llama_modes, measure_llama, measure_ours, prepare_bundle, print_table, take_turns
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
@@ -40,6 +40,7 @@ from edge.bundle import open_bundle
 SHORT, LONGEST_FULL = 2048, 8192  # repeated in rounds up to here; all layers in llama.cpp up to here
 FEW_LAYERS = 2
 OURS = {"edge, sparse": "sparse", "edge, dense": "dense"}
+LLAMA = llama_modes("int4")
 MB, GB = 1e6, 1e9
 MINIMUM = """\
 KV MB: keys, values and compressed keys that attention reads in a step, as it counts them.
@@ -178,7 +179,9 @@ def print_peers(title: str, peers: Mapping[tuple[int, int], Row]) -> None:
     all_layers = MINICPM4_05B.num_hidden_layers
     named = {f"{n}" if layers == all_layers else f"{n}, {layers} layers": row for (n, layers), row in peers.items()}
     if named:
-        print_table(f"{title}\nReal prompts, all {all_layers} layers if not said; decode at the median step", named)
+        print_table(
+            f"{title}\nReal prompts, all {all_layers} layers if not said; decode at the median step", named, LLAMA
+        )
 
 
 def print_decode(

@@ -1,7 +1,8 @@
-"""Our decode and prefill beside llama.cpp's Q4_0, same random weights, same threads, same run.
+"""Our decode and prefill beside llama.cpp's Q4_0 or TQ2_0, same random weights, same threads, same run.
 
     python -m bench.peers                                # MiniCPM4-0.5B shape, contexts 512 and 8192
     python -m bench.peers --contexts 512 --rounds 5
+    python -m bench.peers --weights ternary --contexts 512
 
 Engines take turns, each measurement in a process of its own; the median over rounds counts. llama.cpp runs with
 flash attention on and off, and the faster of the two is the peer in each column. Decode is the speed of the median
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,14 +32,23 @@ from build_engine.formats import WeightFormat
 from edge.bench.machine import describe_machine
 from edge.bench.models import MINICPM4_05B
 
-OURS = {
+INT4 = {
     "edge int4 g64": WeightFormat("w4a16", 64, symmetric=True, head="int4"),
     "edge int4 g128": WeightFormat("w4a16", 128, symmetric=True, head="int4"),
     "edge int4 g32": WeightFormat("w4a16", 32, symmetric=True, head="int4"),
     "edge int4 g32 asymmetric": WeightFormat("w4a16", 32, symmetric=False, head="int4"),
 }
-LLAMA = {"llama.cpp Q4_0, flash attention": True, "llama.cpp Q4_0, plain attention": False}
-FORMATS = ",".join(name.removeprefix("edge int4 ") for name in OURS)
+TERNARY = {
+    "edge ternary": WeightFormat("ternary", 0, head="int8"),
+    "edge ternary, int4 head": WeightFormat("ternary", 0, head="int4"),
+}
+OURS = {"int4": INT4, "ternary": TERNARY}
+PEER = {"int4": "Q4_0", "ternary": "TQ2_0, Q8_0 head"}
+
+
+def llama_modes(weights: str) -> dict[str, bool]:
+    """{name: flash attention} of the peer's two modes."""
+    return {f"llama.cpp {PEER[weights]}, {how} attention": how == "flash" for how in ("flash", "plain")}
 
 
 @dataclass
@@ -92,42 +102,49 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds at contexts up to 2048; longer ones get one third.")] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 48,
     threads: Annotated[int, typer.Option(help="Threads of both engines.")] = 2,
-    formats: Annotated[str, typer.Option(help="Of our weights.")] = FORMATS,
+    weights: Annotated[str, typer.Option(help="int4 or ternary.")] = "int4",
+    formats: Annotated[str, typer.Option(help="Which of our formats, by a part of their names.")] = "",
     folder: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("build/bench"),
     output: Annotated[Path | None, typer.Option(help="Also write all figures as JSON.")] = None,
 ) -> None:
     """Measure, print the table, and the ratio of each of our formats to the faster llama.cpp mode."""
-    checkpoint, model = prepare(folder, MINICPM4_05B)
-    bundles = {}
-    for name in [f"edge int4 {chosen}" for chosen in formats.split(",")]:
-        out = folder / f"bundle-{name.removeprefix('edge int4 ').replace(' ', '-')}"
-        bundles[name] = prepare_bundle(checkpoint, out, ExportOptions(weights=OURS[name]))
+    checkpoint, model = prepare(folder, MINICPM4_05B, ternary=weights == "ternary")
+    bundles = {
+        name: prepare_bundle(checkpoint, folder / f"bundle-{_slug(name)}", ExportOptions(weights=chosen))
+        for name, chosen in OURS[weights].items()
+        if not formats or any(part in name for part in formats.split(","))
+    }
+    llama = llama_modes(weights)
     results: dict[str, dict[str, Measured]] = {}
     for context in [int(c) for c in contexts.split(",")]:
         short = context <= 2048
         workload = {"context": context, "new_tokens": new_tokens, "repeat": 3 if short else 1, "threads": threads}
         ours = {name: partial(measure_ours, bundle, **workload) for name, bundle in bundles.items()}
-        peers = {name: partial(measure_llama, model, flash, **workload) for name, flash in LLAMA.items()}
+        peers = {name: partial(measure_llama, model, flash, **workload) for name, flash in llama.items()}
         results[str(context)] = take_turns({**ours, **peers}, rounds if short else max(1, rounds // 3))
     if output is not None:
         values = {context: {name: asdict(m) for name, m in row.items()} for context, row in results.items()}
         output.write_text(json.dumps({"machine": asdict(describe_machine()), "tok_s": values}, indent=1))
     cpu = describe_machine().cpu_model
-    print_table(f"MiniCPM4-0.5B shape, random weights, {cpu}, {threads} threads", results)
+    print_table(f"MiniCPM4-0.5B shape, random weights, {cpu}, {threads} threads", results, llama)
 
 
-def print_table(title: str, results: Mapping[str, Mapping[str, Measured]]) -> None:
-    """Medians over rounds, by context and engine; the ratio is ours over the better llama.cpp mode in that column."""
+def _slug(name: str) -> str:
+    return name.removeprefix("edge ").removeprefix("int4 ").replace(",", "").replace(" ", "-")
+
+
+def print_table(title: str, results: Mapping[str, Mapping[str, Measured]], peers: Collection[str]) -> None:
+    """Medians over rounds, by context and engine; the ratio is ours over the better of the peers in that column."""
     table = Table(title=title, title_justify="left")
     for column in ("context", "engine", "prefill tok/s", "ratio", "decode tok/s", "ratio"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for context, row in results.items():
-        best = {kind: max(median(getattr(row[name], kind)) for name in LLAMA) for kind in ("prefill", "decode")}
+        best = {kind: max(median(getattr(row[name], kind)) for name in peers) for kind in ("prefill", "decode")}
         for name, measured in row.items():
             cells = [context, name]
             for kind in ("prefill", "decode"):
                 values = getattr(measured, kind)
-                ratio = f"{median(values) / best[kind]:.2f}x" if values and name not in LLAMA else ""
+                ratio = f"{median(values) / best[kind]:.2f}x" if values and name not in peers else ""
                 cells += [f"{median(values):.1f}" if values else "-", ratio]
             table.add_row(*cells)
         table.add_section()
