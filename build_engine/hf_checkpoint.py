@@ -16,11 +16,15 @@ from build_engine.checkpoint import (
     validate_config,
     with_bos,
 )
-from build_engine.safetensors_file import parse_json_object, read_safetensors
+from build_engine.gptq_checkpoint import GROUP_SIZES, STORED_ZEROS, GptqFormat, open_gptq_tensors
+from build_engine.safetensors_file import INTEGER_SUFFIXES, parse_json_object, read_safetensors
 from edge.config import LongRope, ModelConfig, SparseConfig, neutral_mup
 from edge.errors import EdgeError
 
 _MODEL_TYPES = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama"}
+# OpenBMB's *-marlin-cpmcu folders; CPM.cu, too, prefers the first where several files lie (spec:
+# quantization_and_speculation.md 3.2).
+_MARLIN_FILES = ("model_gptq_marlin.safetensors", "model_gptq.safetensors")
 _INTEGER = ((int,), "an integer")
 _NUMBER = ((int, float), "a number")
 _FLAG = ((bool,), "true or false")
@@ -44,7 +48,10 @@ def open_hf(folder: Path) -> Checkpoint:
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     config = parse_config(values, config_path, _token_ids(generation, generation_path))
-    found = _open_shards(folder)
+    gptq = _gptq_format(values, config_path)
+    found = _open_shards(folder, gptq)
+    if gptq is not None:
+        found = open_gptq_tensors(found, gptq, config, folder)
     spare_head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     tensors = select_tensors(found, config, folder)
     if spare_head is not None:
@@ -123,19 +130,48 @@ def _model_type(values: dict[str, Any], source: Path) -> str:
 
 
 def _refuse_unsupported(values: dict[str, Any], source: Path) -> None:
-    quantization = _field(values, "quantization_config", _OBJECT, {}, source)
-    if quantization:
-        method = quantization.get("quant_method", "an unnamed method")
-        raise EdgeError(
-            f"{source}: the weights are quantised with {method}, a format not yet read; "
-            "use the bf16 checkpoint or a GGUF file"
-        )
     for key in ("attention_bias", "mlp_bias"):
         if _field(values, key, _FLAG, False, source):
             raise EdgeError(f"{source}: {key} is true, but only linear layers without bias are supported")
     activation = _field(values, "hidden_act", _STRING, "silu", source)
     if activation != "silu":
         raise EdgeError(f"{source}: hidden_act is {activation}, but only silu is supported")
+
+
+def _gptq_format(values: dict[str, Any], source: Path) -> GptqFormat | None:
+    """quantization_config, None without one; EdgeError names the method or setting that is not read.
+
+    A field that is absent has the value of symmetric GPTQ: CPM.cu asks Marlin's files for group_size alone.
+    """
+    given = _field(values, "quantization_config", _OBJECT, {}, source)
+    if not given:
+        return None
+    method = _field(given, "quant_method", _STRING, "gptq", source)
+    if method != "gptq":
+        raise EdgeError(
+            f"{source}: the weights are quantised with {method}, which is not supported (gptq is); "
+            "use the bf16 checkpoint, a GPTQ one or a GGUF file"
+        )
+    if not _field(given, "sym", _FLAG, True, source):
+        raise EdgeError(f"{source}: sym is false, but asymmetric int4 is not supported; use the bf16 checkpoint")
+    limits = {
+        "bits": (_INTEGER, 4, (4,)),
+        "group_size": (_INTEGER, None, GROUP_SIZES),
+        "checkpoint_format": (_STRING, "gptq", tuple(STORED_ZEROS)),
+    }
+    said = {key: _field(given, key, kind, default, source) for key, (kind, default, _) in limits.items()}
+    for key, (_, _, supported) in limits.items():
+        if said[key] not in supported:
+            raise EdgeError(
+                f"{source}: {key} is {said[key]}, but of GPTQ weights only {', '.join(map(str, supported))} can be "
+                "read; use the bf16 checkpoint or another GPTQ one"
+            )
+    return GptqFormat(
+        group_size=said["group_size"],
+        stored_zero=STORED_ZEROS[said["checkpoint_format"]],
+        desc_act=_field(given, "desc_act", _FLAG, False, source),
+        lm_head=_field(given, "lm_head", _FLAG, False, source),
+    )
 
 
 def _long_rope(rope: dict[str, Any], model_type: str, source: Path) -> LongRope | None:
@@ -173,9 +209,12 @@ def _sparse(values: dict[str, Any], source: Path) -> SparseConfig | None:
     return sparse
 
 
-def _open_shards(folder: Path) -> dict[str, LazyTensor]:
+def _open_shards(folder: Path, gptq: GptqFormat | None) -> dict[str, LazyTensor]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
+    repacked = [folder / name for name in _MARLIN_FILES if (folder / name).is_file()]
+    if gptq is not None and repacked:
+        tensors = read_safetensors(repacked[0])
+    elif single.is_file():
         tensors = read_safetensors(single)
     elif index.is_file():
         tensors = _open_index(folder, index)
@@ -186,6 +225,12 @@ def _open_shards(folder: Path) -> dict[str, LazyTensor]:
         )
     else:
         raise EdgeError(f"{folder} has no model.safetensors or model.safetensors.index.json; download it")
+    int4 = next((name for name in tensors if name.endswith(INTEGER_SUFFIXES)), None)
+    if gptq is None and int4 is not None:
+        raise EdgeError(
+            f"{folder}: tensor {int4} is GPTQ or AWQ int4, but config.json has no quantization_config; "
+            "download both again"
+        )
     # Old exports keep the rotary buffer, which is recomputed from the configuration.
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 

@@ -69,3 +69,11 @@ def _groups(weight: np.ndarray, group_size: int) -> np.ndarray:
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     """Two 4-bit codes a byte along the last axis (of even length), the first in the low nibble."""
     return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
+    """The inverse of pack_nibbles: uint8 [..., bytes] -> [..., 2 bytes]."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
+    np.bitwise_and(packed, 15, out=codes[..., ::2])
+    np.right_shift(packed, 4, out=codes[..., 1::2])
+    return codes

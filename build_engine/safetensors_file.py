@@ -20,7 +20,10 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+    "I32": np.dtype(np.int32),
 }
+# The integer tensors of a GPTQ checkpoint; all others hold floating-point numbers.
+INTEGER_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -68,10 +71,9 @@ def _check_entry(name: str, entry: Any, data_bytes: int, path: Path) -> tuple[in
         sound = False
     if not sound or not isinstance(stored_as, str):
         raise EdgeError(f"{path}: the header entry of tensor {name} is damaged; download it again")
-    if name.endswith((".qweight", ".qzeros")):
-        raise EdgeError(f"{path}: tensor {name} is GPTQ or AWQ int4, not yet read; use the bf16 checkpoint")
-    if stored_as not in _DTYPES:
-        raise EdgeError(f"{path}: tensor {name} is stored as {stored_as}; supported are {', '.join(_DTYPES)}")
+    supported = ("I32",) if name.endswith(INTEGER_SUFFIXES) else ("BF16", "F16", "F32")
+    if stored_as not in supported:
+        raise EdgeError(f"{path}: tensor {name} is stored as {stored_as}; supported are {', '.join(supported)}")
     if end > data_bytes:
         raise EdgeError(
             f"{path} is truncated: tensor {name} ends {end - data_bytes} bytes after the end of the file; "

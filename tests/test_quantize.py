@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
 import plugins
-from build_engine import lowering
+from build_engine import lowering, weight_rows
 from build_engine.checkpoint import Checkpoint, LazyTensor
 from build_engine.formats import WeightFormat, make_target
 from build_engine.quantize import GROUP_SIZES, QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
@@ -173,7 +173,7 @@ def test_rows_read_in_chunks_give_the_same_bytes(scheme: str, tmp_path: Path, mo
     overrides, role = FORMATS[scheme]
     files = []
     for chunk_rows in (100, 3):
-        monkeypatch.setattr(lowering, "CHUNK_BYTES", 4 * 64 * chunk_rows)
+        monkeypatch.setattr(weight_rows, "CHUNK_BYTES", 4 * 64 * chunk_rows)
         lower_linear(tmp_path, weights, WeightFormat(**overrides), role)
         files.append((tmp_path / "weights").read_bytes())
     assert files[0] == files[1]
