@@ -29,6 +29,7 @@ from bench.checkpoints import prepare
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
+from build_engine.ternary import recover
 from edge.bench.machine import describe_machine
 from edge.bench.models import MINICPM4_05B
 
@@ -66,7 +67,12 @@ class Measured:
 
 def prepare_bundle(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
     """The checkpoint's bundle `out`, exported once."""
-    return out if out.exists() else export_bundle(open_checkpoint(checkpoint), out, options)
+    if out.exists():
+        return out
+    source = open_checkpoint(checkpoint)
+    if options.weights.kind == "ternary":
+        source = recover(source).checkpoint
+    return export_bundle(source, out, options)
 
 
 def measure_ours(

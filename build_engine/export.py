@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from build_engine.formats import Target, WeightFormat, make_target, plugin_kerne
 from build_engine.graph import build_graph
 from build_engine.long_context import LongContext, apply_long_context, max_context
 from build_engine.lowering import Progress, lower
+from build_engine.weight_rows import projections
 from build_engine.weights_file import WeightsFile
 from edge.bundle import (
     CHAT_TEMPLATE,
@@ -108,7 +110,7 @@ def _write_files(
     for name in (GRAPH, *texts, *modules):
         path = folder / name
         files[name] = FileEntry(hash_file(path), path.stat().st_size)
-    manifest = _manifest(checkpoint, target, options, files)
+    manifest = _manifest(checkpoint, target, options, files, _describe(options.weights, checkpoint, model))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
@@ -128,13 +130,31 @@ def _kernel_modules(config: ModelConfig, target: Target, weights: WeightFormat) 
     return kernel_modules(kernels, target.name)
 
 
-def _manifest(checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry]) -> Manifest:
+def _describe(weights: WeightFormat, checkpoint: Checkpoint, model: onnx.ModelProto) -> str:
+    """The format, and the bits that a projection's weight takes with its scales beside those of its code alone."""
+    if not weights.is_low_bit:
+        return weights.describe()
+    count = sum(math.prod(tensor.shape) for tensor in projections(checkpoint))
+    size = 0
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("layers."):  # named after their nodes, unlike embedding and norms
+            size += next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+    return f"{weights.describe()}, {8 * size / count:.2f} bits a weight (ideal {weights.bits})"
+
+
+def _manifest(
+    checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry], description: str
+) -> Manifest:
     text = checkpoint.text
     settings = ("add_bos", "bos_token", "eos_token")
     return Manifest(
         name=Path(os.path.abspath(checkpoint.path)).name,  # of "." too
         model=checkpoint.config,
-        weights={**asdict(options.weights), "description": options.weights.describe()},
+        weights={
+            **asdict(options.weights),
+            "head_group_size": options.weights.head_group_size,
+            "description": description,
+        },
         target=target.name,
         types={
             "activation": helper.tensor_dtype_to_np_dtype(target.types.activation).name,

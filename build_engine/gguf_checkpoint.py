@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
-from build_engine.checkpoint import Checkpoint, LazyTensor, select_tensors, validate_config
+from build_engine.checkpoint import Checkpoint, Codes, LazyTensor, select_tensors, validate_config
 from build_engine.gguf_tokenizer import special_token_ids, text_assets
 from edge.config import LongRope, ModelConfig, neutral_mup
 from edge.errors import EdgeError
@@ -28,6 +28,7 @@ _QUANTISED = (
     GgmlType.TQ1_0,
     GgmlType.TQ2_0,
 )
+_TERNARY = (GgmlType.TQ1_0, GgmlType.TQ2_0)
 _PLAIN = {
     GgmlType.F32: np.dtype(np.float32),
     GgmlType.F16: np.dtype(np.float16),
@@ -226,7 +227,10 @@ def _lazy_tensor(tensor: gguf.gguf_reader.ReaderTensor, config: ModelConfig, pat
         supported = ", ".join(t.name for t in (*_PLAIN, *_QUANTISED))
         raise EdgeError(f"{path}: tensor {tensor.name} is stored as {kind.name}; supported are {supported}")
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    return LazyTensor(name, shape, dtype, kind.name, read, release)
+    codes = None
+    if kind in _TERNARY:
+        codes = Codes(2, gguf.GGML_QUANT_SIZES[kind][0], 1, partial(_read_ternary, rows, kind, name))
+    return LazyTensor(name, shape, dtype, kind.name, read, release, codes)
 
 
 def _nothing() -> None:
@@ -252,6 +256,27 @@ def _read_plain(stored: Callable[[slice], np.ndarray], dtype: np.dtype, rows: sl
 
 def _read_quantised(stored: Callable[[slice], np.ndarray], kind: GgmlType, rows: slice) -> np.ndarray:
     return gguf.quants.dequantize(stored(rows), kind)
+
+
+def _read_ternary(
+    stored: Callable[[slice], np.ndarray], kind: GgmlType, name: str, rows: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes 0, 1, 2 and a scale for each 256: what dequantising gives with a scale of 1, and the scale that was there.
+
+    Both formats end their blocks with it, as float16. It may be 0 or negative, as no scale of `Codes` is.
+    """
+    packed = stored(rows)
+    blocks = packed.reshape(len(packed), -1, gguf.GGML_QUANT_SIZES[kind][1]).copy()
+    signed = blocks[..., -2:].copy().view(np.float16).astype(np.float32)
+    blocks[..., -2:] = np.array([1], np.float16).view(np.uint8)
+    signs = gguf.quants.dequantize(blocks.reshape(packed.shape), kind).reshape(*blocks.shape[:2], -1)
+    if signs.size and signs.max() > 1:
+        raise EdgeError(
+            f"tensor {name} holds a code that is not -1, 0 or 1; the weights are damaged: download them again"
+        )
+    codes = (1 + signs * np.sign(signed)).astype(np.uint8).reshape(len(packed), -1)
+    scales = np.abs(signed[..., 0])
+    return codes, np.where(scales == 0, np.float32(1), scales)
 
 
 def _number(metadata: Mapping[str, Any], key: str, default: float | None, path: Path) -> Any:

@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from build_engine.checkpoint import Checkpoint, LazyTensor, require_finite
+from build_engine.checkpoint import Checkpoint, LazyTensor
 from build_engine.formats import HEAD_BITS, Target, WeightFormat
 from build_engine.graph import edge_node
-from build_engine.quantize import QuantizedRows, pack_nibbles, quantize_affine, quantize_symmetric
+from build_engine.quantize import GROUP_SIZES, quantize_affine
+from build_engine.weight_rows import (
+    Coded,
+    coded_rows,
+    convert,
+    float_rows,
+    half_scales,
+    pack_bits,
+    row_chunks,
+    stacked_shape,
+    takes_over,
+    whole_tiles,
+)
 from build_engine.weights_file import WeightsFile
 from edge.config import SparseConfig
 from edge.errors import EdgeError
 from plugins.launch import divide_up
 from plugins.linear.pack import TILE_ROWS, pack_codes, pack_scales, vector_inputs
 
-CHUNK_BYTES = 64 << 20  # float32 bytes of weights in flight
+# Inputs of a MatMulNBits block for a scale a row: of the sizes that have fast kernels with 2 bits too (32, 64, 128) the
+# one with the fewest scales to store and to multiply by.
+ROW_BLOCK = 128
 Progress = Callable[[int, int, str], None]
 
 
@@ -100,12 +113,12 @@ class _Lowering:
         if len(source.shape) == 2:
             element_type = self._embedding_type(source)
         dtype = helper.tensor_dtype_to_np_dtype(element_type)
-        chunks = (_convert(source.name, rows, dtype) for rows in _row_chunks(source))
+        chunks = (convert(source.name, rows, dtype) for rows in row_chunks(source))
         self._stored[tensor.name] = element_type
         return self.file.add(tensor.name, element_type, list(source.shape), chunks)
 
     def _embedding_type(self, source: LazyTensor) -> int:
-        if self.target.tensorrt or (self.weights.kind == "w4a16" and source.dtype == np.float32):
+        if self.target.tensorrt or (self.weights.kind != "exact" and source.dtype == np.float32):
             return TensorProto.FLOAT16
         return helper.np_dtype_to_tensor_dtype(source.dtype)
 
@@ -115,45 +128,49 @@ class _Lowering:
         sources = [self.checkpoint.tensors[name.decode()] for name in attributes["weights"]]
         if attributes["role"] == b"head":
             return self._head(node, sources)
-        if self.weights.kind == "exact":
-            return self._exact(node, sources)
+        if not self.weights.is_low_bit:
+            return self._plain(node, sources)
+        bits, group = self.weights.bits, self.weights.group_size
+        if self.weights.kind == "ternary":
+            _require_ternary(sources, group)
         if self.weights.linear == "packed":
-            return self._packed("PackedLinear", node, list(node.output), sources, bits=4)
+            return self._packed("PackedLinear", node, list(node.output), sources, bits, group)
         if self.target.tensorrt:
-            return self._dequantize_linear(node, sources)
-        if self.weights.symmetric:
-            return self._matmul_nbits(node, sources, bits=4)
+            return self._dequantize_linear(node, sources, group)
+        if self.weights.kind == "ternary" or self.weights.symmetric:
+            return self._matmul_nbits(node, sources, bits, group)
         return self._matmul_affine(node, sources)
 
     def _head(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """The logits, float32, and with packed weights the largest one's token."""
+        bits, group = HEAD_BITS.get(self.weights.head, 0), self.weights.head_group_size
         if self.weights.packs_head:
-            return self._packed("PackedHead", node, ["logits", "token"], sources, HEAD_BITS[self.weights.head])
+            return self._packed("PackedHead", node, ["logits", "token"], sources, bits, group)
         raw = onnx.NodeProto()
         raw.CopyFrom(node)
         casts: list[onnx.NodeProto] = []
         if self.target.types.activation != TensorProto.FLOAT:
             raw.name = raw.output[0] = "head.raw"
             casts = [helper.make_node("Cast", ["head.raw"], list(node.output), node.name, to=TensorProto.FLOAT)]
-        if self.weights.kind == "exact" or self.weights.head == "exact":
-            return self._exact(raw, sources) + casts
+        if not self.weights.is_low_bit or self.weights.head == "exact":
+            return self._plain(raw, sources) + casts
         if self.target.tensorrt:
-            return self._dequantize_linear(raw, sources) + casts
-        return self._matmul_nbits(raw, sources, HEAD_BITS[self.weights.head]) + casts
+            return self._dequantize_linear(raw, sources, group) + casts
+        return self._matmul_nbits(raw, sources, bits, group) + casts
 
-    def _exact(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """Gemm on the checkpoint's own values [N, K], cast to the activation type when the engine loads."""
+    def _plain(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """Gemm on values [N, K], the checkpoint's own or float16, cast to the activation type when the engine loads."""
         x, y = node.input[0], node.output[0]
         activation = self.target.types.activation
         name = sources[0].name if len(sources) == 1 else f"{node.name}.weight"
         if name not in self._stored:
             dtypes = {source.dtype for source in sources}
             dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-            if self.target.tensorrt:
+            if self.target.tensorrt or self.weights.kind == "fp16":
                 dtype = np.dtype(np.float16)
             element_type = helper.np_dtype_to_tensor_dtype(dtype)
-            shape = list(_stacked_shape(sources))
-            chunks = (_convert(s.name, rows, dtype) for s in sources for rows in _row_chunks(s))
+            shape = list(stacked_shape(sources))
+            chunks = (convert(s.name, rows, dtype) for s in sources for rows in row_chunks(s))
             self.initializers.append(self.file.add(name, element_type, shape, chunks))
             self._stored[name] = element_type
         nodes = []
@@ -162,10 +179,14 @@ class _Lowering:
             name = f"{node.name}.cast"
         return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
 
-    def _matmul_nbits(self, node: onnx.NodeProto, sources: list[LazyTensor], bits: int) -> list[onnx.NodeProto]:
-        """ONNX Runtime's MatMulNBits without zero points: code 2^(bits-1) means 0."""
-        quantized = (quantize_symmetric(rows, self.weights.group_size, bits) for rows in _float_rows(sources))
-        return [self._store_matmul_nbits(node.name, node.input[0], node.output[0], sources, quantized, bits)]
+    def _matmul_nbits(
+        self, node: onnx.NodeProto, sources: list[LazyTensor], bits: int, group: int
+    ) -> list[onnx.NodeProto]:
+        """ONNX Runtime's MatMulNBits without zero points: code 2^(bits-1) means 0, which for ternary ones is 2."""
+        coded = coded_rows(sources, bits, group or sources[0].shape[1], group or ROW_BLOCK)
+        if bits == 2:
+            coded = ((codes + np.uint8(1), scales) for codes, scales in coded)
+        return [self._store_matmul_nbits(node.name, node.input[0], node.output[0], sources, coded, bits, group)]
 
     def _matmul_affine(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """Groups with a minimum of their own: x W^T = MatMulNBits(x, codes - 8) + (sums of x by group) offsets.
@@ -174,7 +195,7 @@ class _Lowering:
         would cost up to half a step of every weight.
         """
         x, y, name, group = node.input[0], node.output[0], node.name, self.weights.group_size
-        _, k = _stacked_shape(sources)
+        _, k = stacked_shape(sources)
         if k % group:
             raise EdgeError(
                 f"{name}: {k} input features are not a multiple of group size {group}, which asymmetric int4 needs; "
@@ -182,34 +203,34 @@ class _Lowering:
             )
         offsets: list[np.ndarray] = []
 
-        def quantized() -> Iterator[QuantizedRows]:
-            for rows in _float_rows(sources):
+        def coded() -> Iterator[Coded]:
+            for rows in float_rows(sources):
                 part = quantize_affine(rows, group)
-                offsets.append(_convert(f"{name}.offsets", part.minima + 8 * part.scales, np.dtype(np.float16)))
-                yield part
+                offsets.append(convert(f"{name}.offsets", part.minima + 8 * part.scales, np.dtype(np.float16)))
+                yield part.codes.reshape(len(rows), k), part.scales
 
-        product = self._store_matmul_nbits(name, x, f"{name}.product", sources, quantized(), bits=4)
+        product = self._store_matmul_nbits(name, x, f"{name}.product", sources, coded(), 4, group)
         by_group = np.concatenate(offsets).T
         offset = self._store(f"{name}.offsets", TensorProto.FLOAT16, list(by_group.shape), [by_group])
         inputs = [x, product.output[0], offset]
         return [product, edge_node("AddGroupOffsets", name, inputs, [y])]
 
     def _store_matmul_nbits(
-        self, name: str, x: str, y: str, sources: list[LazyTensor], quantized: Iterable[QuantizedRows], bits: int
+        self, name: str, x: str, y: str, sources: list[LazyTensor], coded: Iterable[Coded], bits: int, group: int
     ) -> onnx.NodeProto:
         """Codes and scales go to the file; accuracy level 4 quantises activations to int8 inside the operator."""
-        n, k = _stacked_shape(sources)
-        group = self.weights.group_size
-        groups = -(-k // group)
+        n, k = stacked_shape(sources)
+        block = group or ROW_BLOCK
+        blocks = divide_up(k, block)
         scales: list[np.ndarray] = []
 
         def packed() -> Iterator[np.ndarray]:
-            for part in quantized:
-                scales.append(part.scales)
-                yield pack_nibbles(part.codes) if bits == 4 else part.codes
+            for codes, part in coded:
+                scales.append(part)
+                yield pack_bits(codes, bits)
 
-        codes = self._store(f"{name}.int{bits}", TensorProto.UINT8, [n, groups, group * bits // 8], packed())
-        scale = self._store(f"{name}.scales", TensorProto.FLOAT, [n * groups], scales)
+        codes = self._store(f"{name}.int{bits}", TensorProto.UINT8, [n, blocks, block * bits // 8], packed())
+        scale = self._store(f"{name}.scales", TensorProto.FLOAT, [n * blocks], scales)
         return helper.make_node(
             "MatMulNBits",
             [x, codes, scale],
@@ -219,29 +240,28 @@ class _Lowering:
             K=k,
             N=n,
             bits=bits,
-            block_size=group,
+            block_size=block,
             accuracy_level=4,
         )
 
     def _packed(
-        self, op_type: str, node: onnx.NodeProto, outputs: list[str], sources: list[LazyTensor], bits: int
+        self, op_type: str, node: onnx.NodeProto, outputs: list[str], sources: list[LazyTensor], bits: int, group: int
     ) -> list[onnx.NodeProto]:
         """The plugins' layout (plugins/linear), written some row tiles at a time."""
-        n, k = _stacked_shape(sources)
-        group = self.weights.group_size
+        n, k = stacked_shape(sources)
         scales: list[np.ndarray] = []
 
         def codes() -> Iterator[np.ndarray]:
-            for rows in _float_rows(sources):
-                part = quantize_symmetric(rows, group, bits)
-                scales.append(_convert(f"{node.name}.scales", part.scales, np.dtype(np.float16)))
-                yield part.codes.reshape(len(rows), k)
+            for part, its_scales in coded_rows(sources, bits, group or k, group or k):
+                scales.append(half_scales(f"{node.name}.scales", its_scales) if group else its_scales[:, 0])
+                yield part
 
         shape = [divide_up(n, TILE_ROWS), k // vector_inputs(bits), 32, 4]
-        packed = (pack_codes(tiles, bits) for tiles in _whole_tiles(codes()))
+        packed = (pack_codes(tiles, bits) for tiles in whole_tiles(codes()))
         words = self._store(f"{node.name}.int{bits}", TensorProto.INT32, shape, packed)
         by_lane = pack_scales(np.concatenate(scales), k, bits)
-        scale = self._store(f"{node.name}.scales", TensorProto.FLOAT16, list(by_lane.shape), [by_lane])
+        element_type = TensorProto.FLOAT16 if group else TensorProto.FLOAT
+        scale = self._store(f"{node.name}.scales", element_type, list(by_lane.shape), [by_lane])
         inputs = [node.input[0], words, scale]
         return [edge_node(op_type, node.name, inputs, outputs, bits=bits, group=group, n=n, k=k)]
 
@@ -249,81 +269,36 @@ class _Lowering:
         self.initializers.append(self.file.add(name, element_type, shape, chunks))
         return name
 
-    def _dequantize_linear(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """TensorRT's native int4: block-wise DequantizeLinear [N, K], transposed into a MatMul."""
-        n, k = _stacked_shape(sources)
-        group = self.weights.group_size
-        if k % group:
+    def _dequantize_linear(self, node: onnx.NodeProto, sources: list[LazyTensor], group: int) -> list[onnx.NodeProto]:
+        """TensorRT's native int4, of ternary codes -1, 0, 1: block-wise DequantizeLinear [N, K], then a MatMul."""
+        n, k = stacked_shape(sources)
+        block = group or next((size for size in reversed(GROUP_SIZES) if k % size == 0), GROUP_SIZES[0])
+        if k % block:
             raise EdgeError(
-                f"{node.name}: {k} input features are not a multiple of group size {group}, which TensorRT needs; "
+                f"{node.name}: {k} input features are not a multiple of group size {block}, which TensorRT needs; "
                 "choose a smaller --group-size"
             )
         scales: list[np.ndarray] = []
 
         def packed() -> Iterator[np.ndarray]:
-            for rows in _float_rows(sources):
-                part = quantize_symmetric(rows, group, bits=4)
-                scales.append(_convert(f"{node.name}.scales", part.scales, np.dtype(np.float16)))
-                # code - 8 in two's complement is the code with its top bit flipped
-                yield pack_nibbles(part.codes.reshape(len(part.codes), -1) ^ 8)
+            for codes, part in coded_rows(sources, 4, group or k, block):
+                scales.append(half_scales(f"{node.name}.scales", part))
+                yield pack_bits(codes ^ 8, 4)  # code - 8 in two's complement is the code with its top bit flipped
 
         int4 = self._store(f"{node.name}.int4", TensorProto.INT4, [n, k], packed())
-        scale = self._store(f"{node.name}.scales", TensorProto.FLOAT16, [n, k // group], scales)
+        scale = self._store(f"{node.name}.scales", TensorProto.FLOAT16, [n, k // block], scales)
         dense, transposed = f"{node.name}.dense", f"{node.name}.transposed"
         return [
-            helper.make_node("DequantizeLinear", [int4, scale], [dense], dense, axis=1, block_size=group),
+            helper.make_node("DequantizeLinear", [int4, scale], [dense], dense, axis=1, block_size=block),
             helper.make_node("Transpose", [dense], [transposed], transposed, perm=[1, 0]),
             helper.make_node("MatMul", [node.input[0], transposed], list(node.output), node.name),
         ]
 
 
-def _row_chunks(source: LazyTensor) -> Iterator[np.ndarray]:
-    """The tensor in row chunks of at most CHUNK_BYTES as float32, checked for NaN and infinity."""
-    row_bytes = 4 * int(np.prod(source.shape[1:], dtype=np.int64))
-    step = max(1, CHUNK_BYTES // max(row_bytes, 1))
-    for start in range(0, source.shape[0], step):
-        rows = source.read(slice(start, start + step))
-        require_finite(source.name, rows, start)
-        yield rows
-        source.release()
-
-
-def _float_rows(sources: list[LazyTensor]) -> Iterator[np.ndarray]:
-    """The sources' rows one after another, float32, in chunks."""
+def _require_ternary(sources: list[LazyTensor], group: int) -> None:
     for source in sources:
-        for rows in _row_chunks(source):
-            yield _convert(source.name, rows, np.dtype(np.float32))
-
-
-def _whole_tiles(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The rows of `chunks` cut at multiples of TILE_ROWS, whatever their own lengths; only the last may be short."""
-    rest: np.ndarray | None = None
-    for chunk in chunks:
-        rows = chunk if rest is None else np.concatenate([rest, chunk])
-        whole = len(rows) // TILE_ROWS * TILE_ROWS
-        if whole:
-            yield rows[:whole]
-        rest = rows[whole:]
-    if rest is not None and len(rest):
-        yield rest
-
-
-def _stacked_shape(sources: list[LazyTensor]) -> tuple[int, int]:
-    """(N, K) of the stacked rows."""
-    return sum(source.shape[0] for source in sources), sources[0].shape[1]
-
-
-def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Cast, refusing values that overflow (bfloat16 weights over 65504 do not fit float16)."""
-    if values.dtype == dtype:
-        return values
-    if values.dtype == ml_dtypes.bfloat16:
-        values = values.astype(np.float32)
-    with np.errstate(over="ignore"):  # found and named below
-        converted = values.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(converted).all():
-        raise EdgeError(
-            f"{name}: the value {float(np.abs(values).max()):g} exceeds float16's 65504; export for onnxruntime, "
-            "which keeps wider weights"
-        )
-    return converted
+        if not takes_over(source, 2, group or source.shape[1]):
+            wanted = f"groups of {group}" if group else "rows"
+            raise EdgeError(
+                f"tensor {source.name} has no ternary codes with a scale for {wanted}; choose another --weights"
+            )

@@ -60,9 +60,10 @@ def kv_page_bytes(bundle: Bundle) -> int:
 
 
 def _weights_bytes(bundle: Bundle) -> int:
-    """The mapped file plus the copy ONNX Runtime packs for its kernels (float32 if the weights are exact)."""
-    stored = bundle.manifest.files[WEIGHTS].bytes
-    return 3 * stored if bundle.manifest.weights["kind"] == "exact" else 2 * stored
+    """The mapped file plus the copy ONNX Runtime packs for its kernels (float32 of 16-bit projections or heads)."""
+    stored, weights = bundle.manifest.files[WEIGHTS].bytes, bundle.manifest.weights
+    is_wide = weights["kind"] in ("exact", "fp16") or weights.get("head") == "exact"
+    return 3 * stored if is_wide else 2 * stored
 
 
 def _activation_bytes(bundle: Bundle, options: EngineOptions, context: int) -> int:
@@ -138,7 +139,7 @@ def _refusal(bundle: Bundle, options: EngineOptions, budget: int, fixed: int, fi
         problem, remedy = f"--memory allows {budget // MIB}MiB", f"give --memory {needed}"
     if fitting:
         other = f"ask for --context {fitting * PAGE_TOKENS}"
-    elif bundle.manifest.weights["kind"] == "exact":
+    elif bundle.manifest.weights["kind"] in ("exact", "fp16"):
         other = "export with --weights w4a16"
     else:
         other = "use a smaller --chunk or model"

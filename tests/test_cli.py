@@ -87,7 +87,11 @@ WRONG = {
     "no size": (["run", "BUNDLE", "--prompt", "x", "--memory", "lots"], 2, "is no size"),
     "too little memory": (["run", "BUNDLE", "--prompt", "x", "--memory", "10MB"], 1, "give --memory"),
     "too long a prompt": (["run", "BUNDLE", "--prompt", "long " * 300, "--context", "64"], 1, "limited to 64"),
-    "unknown weights": (["export", "CHECKPOINT", "--out", "OUT", "--weights", "w3"], 2, "choose exact or w4a16"),
+    "unknown weights": (
+        ["export", "CHECKPOINT", "--out", "OUT", "--weights", "w3"],
+        2,
+        "choose exact, fp16, w4a16 or ternary",
+    ),
     "unknown target": (["export", "CHECKPOINT", "--out", "OUT", "--target", "abacus"], 2, "rtx, tensorrt or jetson"),
     "existing out": (["export", "CHECKPOINT", "--out", "BUNDLE"], 2, "--overwrite"),
     "no tokenizer": (["run", "PLAIN", "--prompt", "x"], 2, "holds no tokenizer"),

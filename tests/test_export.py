@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from build_engine import lowering
+from build_engine import weight_rows
 from build_engine.checkpoint import expected_shapes, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat, choose_format, plugin_kernels
@@ -91,7 +91,7 @@ def test_a_damaged_weight_is_named_with_its_row(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where chunks of rows are read: the row counts from the tensor's beginning."""
-    monkeypatch.setattr(lowering, "CHUNK_BYTES", 4 * 64 * 3)
+    monkeypatch.setattr(weight_rows, "CHUNK_BYTES", 4 * 64 * 3)
     tensor = open_checkpoint(checkpoint).tensors["model.embed_tokens.weight"]
     set_weight(checkpoint, tensor.name, float("nan"), row=tensor.shape[0] - 1, column=3)
     words = rf"tensor model\.embed_tokens\.weight holds nan at row {tensor.shape[0] - 1}, column 3"

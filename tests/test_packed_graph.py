@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from build_engine import lowering
+from build_engine import lowering, weight_rows
 from build_engine.checkpoint import Checkpoint, LazyTensor, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat, choose_format, make_target
@@ -132,7 +132,7 @@ def test_rows_read_in_any_chunks_give_the_same_bytes(tmp_path: Path, monkeypatch
     checkpoint, target = checkpoint_of(tmp_path, DENSE), make_target("rtx", INT8)
     graph, files = build_graph(DENSE, target.types), []
     for rows in (1000, 37, 3):
-        monkeypatch.setattr(lowering, "CHUNK_BYTES", 4 * DENSE.hidden_size * rows)
+        monkeypatch.setattr(weight_rows, "CHUNK_BYTES", 4 * DENSE.hidden_size * rows)
         with WeightsFile(tmp_path / "weights") as file:
             lowering.lower(graph, checkpoint, target, INT8, file)
         files.append((tmp_path / "weights").read_bytes())
@@ -227,7 +227,7 @@ def test_tensorrt_builds_the_packed_graph_as_functions(
     ("target", "format", "words"),
     [
         ("onnxruntime", {}, "leave it out for --target onnxruntime"),
-        ("rtx", {"kind": "exact"}, "stores int4 weights, not exact ones"),
+        ("rtx", {"kind": "exact"}, "stores int4 or ternary weights, not exact ones"),
         ("rtx", {"symmetric": False}, "--linear packed .* --symmetric"),
         ("rtx", {"linear": "loose"}, "unknown --linear 'loose'; choose native or packed"),
         ("jetson", {"linear": "native"}, "no block-wise int8; export for jetson with --linear packed"),

@@ -15,6 +15,7 @@ from edge.errors import UsageError
 
 if TYPE_CHECKING:
     from build_engine.checkpoint import Checkpoint
+    from build_engine.ternary import Ternary
 
 CheckpointPath = Annotated[
     Path,
@@ -26,12 +27,28 @@ CheckpointPath = Annotated[
 
 
 TargetName = Annotated[str, typer.Option(help="onnxruntime (CPU), rtx (TensorRT-RTX), tensorrt (desktop) or jetson.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exact|fp16|w4a16|ternary",
+        help="exact (the checkpoint's values), fp16, w4a16 (int4) or ternary (2 bits). Default: ternary if the "
+        "checkpoint is, else w4a16; codes that the checkpoint has are kept as they are.",
+    ),
+]
+Requantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bf16|fp32",
+        help="Make ternary codes of the unquantised weights of ternary training, in this arithmetic (bf16: the "
+        "training's own); a scale a row, or --group-size.",
+    ),
+]
 Linear = Annotated[
     str | None,
     typer.Option(
         metavar="packed|native",
-        help="int4 of TensorRT targets: packed for our kernels (the default if there are some of the model's sizes) or "
-        "TensorRT's own.",
+        help="int4 and ternary weights of TensorRT targets: packed for our kernels (the default if there are some of "
+        "the model's sizes) or TensorRT's own int4.",
     ),
 ]
 GroupSize = Annotated[
@@ -47,16 +64,20 @@ Symmetric = Annotated[
 ]
 Head = Annotated[
     str | None,
-    typer.Option(help="Format of the output head: exact, int8 or int4. Default: int8, exact beside TensorRT's int4."),
+    typer.Option(
+        help="Format of the output head: exact, int8 or int4. Default: int8 if with 16 bits it would take over a tenth "
+        "of the bytes; exact beside TensorRT's own int4."
+    ),
 ]
 
 
 def export(
     checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    weights: Annotated[str, typer.Option(help="exact (the checkpoint's values) or w4a16 (int4).")] = "w4a16",
+    weights: Weights = None,
     target: TargetName = "onnxruntime",
     linear: Linear = None,
+    requantize: Requantize = None,
     group_size: GroupSize = None,
     symmetric: Symmetric = None,
     head: Head = None,
@@ -83,6 +104,8 @@ def export(
 
       edge export model.Q4_1.gguf --out exact --weights exact
 
+      edge export BitCPM4-0.5B --out bundle-2bit
+
       edge export MiniCPM4-8B --out bundle-128k --attention sparse --rope 128k
 
       edge export MiniCPM4-0.5B --out bundle-rtx --target rtx --linear packed
@@ -92,12 +115,34 @@ def export(
     from build_engine.long_context import LongContext
 
     long_context = LongContext(attention or "model", parse_sparse(sparse), rope or "model")
-    source = _open(checkpoint)
-    chosen = choose_format(source, target, weights, group_size, symmetric, head, linear)
+    source, ternary = _open(checkpoint), None
+    if (kind := weights or _best_kind(source, requantize)) == "ternary":
+        ternary = _find_codes(source, requantize, group_size, quiet=json)
+        source = ternary.checkpoint
+    elif requantize is not None:
+        raise UsageError(f"--requantize makes ternary weights, not {kind}; choose --weights ternary")
+    stored_group = None if requantize is not None else group_size
+    chosen = choose_format(source, target, kind, stored_group, symmetric, head, linear)
     with progress_bar("exporting", quiet=json) as progress:
         options = ExportOptions(target, chosen, overwrite, long_context, kv)
         bundle = export_bundle(source, out, options, progress)
-    report_bundle(bundle, as_json=json)
+    report_bundle(bundle, ternary, as_json=json)
+
+
+def _best_kind(source: Checkpoint, requantize: str | None) -> str:
+    from build_engine.ternary import is_ternary
+
+    return "ternary" if requantize is not None or is_ternary(source) else "w4a16"
+
+
+def _find_codes(source: Checkpoint, arithmetic: str | None, group_size: int | None, *, quiet: bool) -> Ternary:
+    """Ternary codes of all projections: those that the checkpoint has, or made in this arithmetic."""
+    from build_engine.ternary import recover, requantize
+
+    with progress_bar("reading", quiet=quiet) as progress:
+        if arithmetic is None:
+            return recover(source, progress)
+        return requantize(source, arithmetic, group_size, progress)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -119,12 +164,15 @@ def _attention(config: ModelConfig) -> str:
     )
 
 
-def report_bundle(path: Path, *, as_json: bool) -> None:
-    """What was written, in a line or as JSON."""
+def report_bundle(path: Path, ternary: Ternary | None, *, as_json: bool) -> None:
+    """What was written, in a line or as JSON, and what the ternary weights turned out to be."""
     manifest = open_bundle(path, verify=False).manifest
     size = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
-        print_json({"bundle": str(path), "bytes": size, "key": manifest.key, "weights": manifest.weights})
+        values = {"bundle": str(path), "bytes": size, "key": manifest.key, "weights": manifest.weights}
+        print_json(values if ternary is None else values | {"ternary": ternary.to_dict()})
         return
+    if ternary is not None:
+        note(ternary.describe())
     what = f"{manifest.weights['description']}, {_attention(manifest.model)}"
     note(f"{path}: {manifest.name} for {manifest.target}, {what}, {size / 2**20:.0f} MiB")

@@ -27,6 +27,7 @@ _FEW_ROWS = 5
 _TABLE_ROWS = 500  # of the embedding; a real one would only take memory
 _MOST_OUTPUTS = 1000  # of a linear operator; the last tile is a half one
 _ELEMENTS = {"float16": "half", "bfloat16": "bf16"}
+_BITS = {"w4a16": 4, "ternary": 2}
 _HEAD_BITS = {"int8": 8, "int4": 4}
 
 Format = tuple[int, int]  # bits of a weight, and inputs that share a scale (plugins/linear)
@@ -91,8 +92,10 @@ def kernels_of(manifest: Manifest) -> ModelKernels:
     found = ModelKernels(manifest.model, _ELEMENTS[activation], _ELEMENTS[kv])
     if manifest.weights.get("linear") != "packed":
         return found
-    group, head_bits = int(manifest.weights["group_size"]), _HEAD_BITS.get(manifest.weights["head"])
-    return replace(found, weights=(4, group), head=None if head_bits is None else (head_bits, group))
+    weights = (_BITS[manifest.weights["kind"]], int(manifest.weights["group_size"]))
+    head_bits = _HEAD_BITS.get(manifest.weights["head"])
+    head_group = int(manifest.weights.get("head_group_size", weights[1]))  # older bundles have one group size
+    return replace(found, weights=weights, head=None if head_bits is None else (head_bits, head_group))
 
 
 def vectors_for(model: ModelKernels) -> list[Vector]:
