@@ -415,3 +415,16 @@ def test_a_gguf_of_ternary_blocks_needs_no_recovery(tmp_path: Path) -> None:
     for node in PARTS:
         expected = np.concatenate([dense(samples[part]) for part in of_node(WIDE, node)])
         np.testing.assert_array_equal(stored_weights(bundle, node), expected)
+
+
+def test_logits_of_a_ternary_checkpoint_are_those_of_its_own_bundle(tmp_path: Path) -> None:
+    """`edge logits CHECKPOINT` takes the format that `edge export` would."""
+    source = write_ternary_checkpoint(tmp_path / "hf", MODEL)
+    np.save(tmp_path / "ids.npy", np.arange(20))
+    words = ("--ids-file", tmp_path / "ids.npy", "--last", 20, "--out", tmp_path / "logits.npy")
+    run = edge("logits", source, *words)
+    assert run.returncode == 0, run.stderr
+    of_checkpoint = np.load(tmp_path / "logits.npy")
+    assert edge("export", source, "--out", tmp_path / "bundle").returncode == 0
+    assert edge("logits", tmp_path / "bundle", *words).returncode == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), of_checkpoint)

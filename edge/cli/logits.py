@@ -62,10 +62,14 @@ def _as_bundle(model: Path, ids: list[int], out: Path, exact: bool, attention: s
     from build_engine.export import ExportOptions, export_bundle
     from build_engine.formats import choose_format
     from build_engine.long_context import LongContext
+    from build_engine.ternary import is_ternary, recover
 
     checkpoint = open_checkpoint(model)
     check_ids(ids, checkpoint.config.vocab_size)
-    weights = choose_format(checkpoint, "onnxruntime", "exact" if exact else "w4a16")
+    kind = "exact" if exact else "ternary" if is_ternary(checkpoint) else "w4a16"
+    if kind == "ternary":
+        checkpoint = recover(checkpoint).checkpoint
+    weights = choose_format(checkpoint, "onnxruntime", kind)
     options = ExportOptions(weights=weights, long_context=LongContext(attention or "model"))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.bundle-", dir=out.absolute().parent) as folder:
         with progress_bar("exporting") as progress:
