@@ -55,8 +55,8 @@ def quantized(
     rows = [
         ("rtn", "scale", "prose"),
         ("gptq", "scale", "prose"),
-        ("pgptq", "omit", "prose"),
         ("pgptq", "scale", "prose"),
+        ("pgptq", "omit", "prose"),
         ("gptq", "scale", "shipped sample"),
         ("pgptq", "scale", "shipped sample"),
     ]

@@ -35,6 +35,7 @@ class WeightFormat:
     and all that TensorRT knows. group_size 0: a scale a row. `head`: exact, int8 or int4 (symmetric); it decides more
     than its share of the quality; of exact and fp16 weights it is stored as they are.
     `linear`: native (the executor's own operators) or packed (TensorRT: for the plugins of plugins/linear).
+    `embedding`: exact, or int8 with a scale a row, which halves a table of which a token reads one row.
     """
 
     kind: str = "w4a16"
@@ -42,6 +43,7 @@ class WeightFormat:
     symmetric: bool = False
     head: str = "int8"
     linear: str = "native"
+    embedding: str = "exact"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,6 +54,8 @@ class WeightFormat:
             )
         if self.head != "exact" and self.head not in HEAD_BITS:
             raise UsageError(f"unknown head format {self.head!r}; choose exact, int8 or int4")
+        if self.embedding not in ("exact", "int8"):
+            raise UsageError(f"unknown embedding format {self.embedding!r}; choose exact or int8")
         if self.linear not in ("native", "packed"):
             raise UsageError(f"unknown --linear {self.linear!r}; choose native or packed")
         if self.linear == "packed" and not self.is_low_bit:
@@ -90,14 +94,15 @@ class WeightFormat:
 
     def describe(self) -> str:
         """A few words for tables: 'exact', 'w4a16 g32 asymmetric, int8 head', 'packed ternary, scale a row, ...'."""
+        table = ", int8 embedding" if self.embedding == "int8" else ""
         if not self.is_low_bit:
-            return self.kind
+            return self.kind + table
         groups = f"g{self.group_size}" if self.group_size else "scale a row"
         if self.kind == "ternary":
             words = f"ternary, {groups}, {self.head} head"
         else:
             words = f"w4a16 {groups} {'symmetric' if self.symmetric else 'asymmetric'}, {self.head} head"
-        return f"packed {words}" if self.linear == "packed" else words
+        return (f"packed {words}" if self.linear == "packed" else words) + table
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def make_target(name: str, weights: WeightFormat, kv: str | None = None) -> Targ
         return Target(name, GraphTypes(TensorProto.FLOAT, _KV_TYPES[kv]), tensorrt=False)
     if name not in TENSORRT_TARGETS:
         raise UsageError(f"unknown target {name!r}; choose onnxruntime, rtx, tensorrt or jetson")
+    if weights.embedding == "int8":
+        raise UsageError(f"TensorRT looks up no int8 table; export for {name} with --embedding exact")
     if kv not in (None, "float16"):
         raise UsageError(f"--target {name} stores keys and values as float16, not {kv}; leave --kv out")
     if weights.is_asymmetric:
@@ -146,6 +153,7 @@ def choose_format(
     symmetric: bool | None = None,
     head: str | None = None,
     linear: str | None = None,
+    embedding: str = "exact",
 ) -> WeightFormat:
     """Fill in what the user left open (None).
 
@@ -165,16 +173,25 @@ def choose_format(
         symmetric = for_tensorrt or stored is not None or not on_a_grid
     if group_size is None:
         group_size = (_DEFAULT_GROUP if stored is None else stored) if symmetric else 32
-    native = WeightFormat(kind, group_size, symmetric, "exact", "native")
+    native = WeightFormat(kind, group_size, symmetric, "exact", "native", embedding)
     if not native.is_low_bit:
-        return native
+        return _checked(native, checkpoint.config)
     best_head = head or ("int8" if _head_dominates(checkpoint.config, native.bits) else "exact")
     packed = replace(native, head=best_head, linear="packed" if for_tensorrt and symmetric else "native")
     if linear is None:
         linear = "packed" if for_tensorrt and symmetric and _has_kernels(checkpoint.config, packed) else "native"
     if head is None:
         head = "exact" if for_tensorrt and linear == "native" else best_head
-    return replace(native, head=head, linear=linear)
+    return _checked(replace(native, head=head, linear=linear), checkpoint.config)
+
+
+def _checked(weights: WeightFormat, config: ModelConfig) -> WeightFormat:
+    """Refuse a small table of which an exact head needs the large one anyway."""
+    if weights.embedding == "int8" and config.tie_word_embeddings and weights.head == "exact":
+        raise UsageError(
+            "the embedding is this model's head, too, which stays exact; leave out --embedding int8, or add --head int8"
+        )
+    return weights
 
 
 def _check_choices(

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from build_engine.checkpoint import Checkpoint, LazyTensor
 from build_engine.formats import HEAD_BITS, Target, WeightFormat
 from build_engine.graph import edge_node
-from build_engine.quantize import GROUP_SIZES, quantize_affine
+from build_engine.quantize import GROUP_SIZES, quantize_affine, quantize_symmetric
 from build_engine.weight_rows import (
     Coded,
     coded_rows,
@@ -29,11 +29,13 @@ from build_engine.weights_file import WeightsFile
 from edge.config import SparseConfig
 from edge.errors import EdgeError
 from plugins.launch import divide_up
+from plugins.linear.meaning import ZEROS
 from plugins.linear.pack import TILE_ROWS, pack_codes, pack_scales, vector_inputs
 
 # Inputs of a MatMulNBits block for a scale a row: of the sizes that have fast kernels with 2 bits too (32, 64, 128) the
 # one with the fewest scales to store and to multiply by.
 ROW_BLOCK = 128
+EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[int, int, str], None]
 
 
@@ -58,10 +60,16 @@ def lower(
         if tensor.data_location != TensorProto.EXTERNAL:
             model.graph.initializer.append(tensor)
             continue
-        model.graph.initializer.append(lowering.plain_weight(tensor))
+        if tensor.name == EMBEDDING and weights.embedding == "int8":
+            lowering.store_int8_rows(tensor)
+        else:
+            model.graph.initializer.append(lowering.plain_weight(tensor))
         done += 1
         progress(done, total, tensor.name)
     for node in graph.graph.node:
+        if node.op_type == "Gather" and node.input[0] == EMBEDDING and weights.embedding == "int8":
+            model.graph.node.extend(_int8_rows(node))
+            continue
         if node.op_type != "Linear":
             model.graph.node.append(node)
             continue
@@ -76,6 +84,18 @@ def lower(
     else:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
+
+
+def _int8_rows(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Rows of a table of int8 codes and a scale a row, as float32, in place of the Gather of its values."""
+    table, ids = node.input
+    rows, scales, wide = (f"{node.name}.{part}" for part in ("codes", "scales", "wide"))
+    return [
+        helper.make_node("Gather", [f"{table}.int8", ids], [rows], rows, axis=0),
+        helper.make_node("Gather", [f"{table}.scales", ids], [scales], scales, axis=0),
+        helper.make_node("Cast", [rows], [wide], wide, to=TensorProto.FLOAT),
+        helper.make_node("Mul", [wide, scales], list(node.output), node.name),
+    ]
 
 
 def _add_output(graph: onnx.GraphProto, place: int, value: onnx.ValueInfoProto) -> None:
@@ -116,6 +136,20 @@ class _Lowering:
         chunks = (convert(source.name, rows, dtype) for rows in row_chunks(source))
         self._stored[tensor.name] = element_type
         return self.file.add(tensor.name, element_type, list(source.shape), chunks)
+
+    def store_int8_rows(self, tensor: onnx.TensorProto) -> None:
+        """A table [V, H] as int8 codes and float32 scales [V, 1], for `_int8_rows`."""
+        source = self.checkpoint.tensors[tensor.name]
+        scales: list[np.ndarray] = []
+
+        def codes() -> Iterator[np.ndarray]:
+            for rows in float_rows([source]):
+                part = quantize_symmetric(rows, source.shape[1], bits=8)
+                scales.append(part.scales)
+                yield (part.codes.reshape(rows.shape).astype(np.int16) - ZEROS[8]).astype(np.int8)
+
+        self._store(f"{tensor.name}.int8", TensorProto.INT8, list(source.shape), codes())
+        self._store(f"{tensor.name}.scales", TensorProto.FLOAT, [source.shape[0], 1], scales)
 
     def _embedding_type(self, source: LazyTensor) -> int:
         if self.target.tensorrt or (self.weights.kind != "exact" and source.dtype == np.float32):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -428,3 +429,49 @@ def test_logits_of_a_ternary_checkpoint_are_those_of_its_own_bundle(tmp_path: Pa
     assert edge("export", source, "--out", tmp_path / "bundle").returncode == 0
     assert edge("logits", tmp_path / "bundle", *words).returncode == 0
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), of_checkpoint)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_int8_embedding_is_its_table_rounded_by_rows(tmp_path: Path, tied: bool) -> None:
+    config = replace(MODEL, tie_word_embeddings=tied)
+    checkpoint = open_checkpoint(write_hf_checkpoint(tmp_path / "hf", config, dtype="float32"))
+    weights = choose_format(checkpoint, "onnxruntime", "w4a16", head="int8", embedding="int8")
+    bundle = open_bundle(export_bundle(checkpoint, tmp_path / "int8", ExportOptions(weights=weights)))
+    assert weights.describe().endswith("int8 embedding") and bundle.manifest.weights["embedding"] == "int8"
+
+    table = checkpoint.tensors["model.embed_tokens.weight"]
+    values = table.read(slice(None))
+    scale = np.abs(values).max(1, keepdims=True) / np.float32(127)
+    rounded = np.rint(values / scale) * scale
+    assert 0 < np.abs(rounded - values).max() <= scale.max() / 2 * 1.001
+    ids = list(range(20))
+    same = replace(weights, embedding="exact")
+    own = open_bundle(export_bundle(checkpoint, tmp_path / "own", ExportOptions(weights=same)))
+    for expected, actual in ((rounded, embedded(bundle, ids)), (values.astype(np.float16), embedded(own, ids))):
+        np.testing.assert_allclose(actual, expected[ids] * np.float32(config.scale_emb), rtol=1e-6)
+    assert bundle.file(WEIGHTS).stat().st_size < own.file(WEIGHTS).stat().st_size
+
+
+def embedded(bundle: Bundle, ids: list[int]) -> np.ndarray:
+    """What the graph makes of ids before its first layer."""
+    model = onnx.load(bundle.file(GRAPH))
+    names = [node.name for node in model.graph.node]
+    nodes = model.graph.node[: names.index("embed") + 1]
+    tables = [t for t in model.graph.initializer if any(t.name in node.input for node in nodes)]
+    inputs = [value for value in model.graph.input if value.name == "input_ids"]
+    output = onnx.helper.make_tensor_value_info("embed", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph(nodes, "embedding", inputs, [output], tables)
+    part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input_ids": np.array(ids, np.int32)})[0]
+
+
+def test_an_int8_embedding_is_refused_where_it_saves_nothing(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_hf_checkpoint(tmp_path / "hf", replace(MODEL, tie_word_embeddings=True)))
+    with pytest.raises(UsageError, match="is this model's head, too"):
+        choose_format(checkpoint, "onnxruntime", "exact", embedding="int8")
+    weights = choose_format(checkpoint, "rtx", "w4a16", head="int8", embedding="int8")
+    with pytest.raises(UsageError, match="no int8 table"):
+        make_target("rtx", weights)
+    with pytest.raises(UsageError, match="unknown embedding"):
+        replace(weights, embedding="int4")

@@ -69,6 +69,9 @@ Head = Annotated[
         "of the bytes; exact beside TensorRT's own int4."
     ),
 ]
+Embedding = Annotated[
+    str, typer.Option(help="Format of the input table: exact, or int8 with a scale a row (onnxruntime only).")
+]
 
 
 def export(
@@ -81,6 +84,7 @@ def export(
     group_size: GroupSize = None,
     symmetric: Symmetric = None,
     head: Head = None,
+    embedding: Embedding = "exact",
     kv: Annotated[
         str | None, typer.Option(help="Type of the KV cache: float32, float16 or bfloat16. Default: by the weights.")
     ] = None,
@@ -122,7 +126,7 @@ def export(
     elif requantize is not None:
         raise UsageError(f"--requantize makes ternary weights, not {kind}; choose --weights ternary")
     stored_group = None if requantize is not None else group_size
-    chosen = choose_format(source, target, kind, stored_group, symmetric, head, linear)
+    chosen = choose_format(source, target, kind, stored_group, symmetric, head, linear, embedding)
     with progress_bar("exporting", quiet=json) as progress:
         options = ExportOptions(target, chosen, overwrite, long_context, kv)
         bundle = export_bundle(source, out, options, progress)
