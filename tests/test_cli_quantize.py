@@ -106,11 +106,12 @@ def test_a_short_text_is_noted(checkpoint: Path, tmp_path: Path) -> None:
     made = edge("quantize", checkpoint, "--out", tmp_path / "out", "--calibration", tmp_path / "text.txt")
     assert made.returncode == 0, made.stderr
     assert b"tokens of calibration text are few for layers of 128 inputs" in made.stderr
+    assert b"give --calibration a text of 1024 tokens or more" in made.stderr
 
 
 def quantize_process(out: Path, checkpoint: Path, patch: str) -> subprocess.Popen[str]:
     """The command in a process that runs `patch` first; `stop()` there is Ctrl-C."""
-    arguments = ["edge", "quantize", str(checkpoint), "--out", str(out), "--samples", "4", "--length", "32"]
+    arguments = ["edge", "quantize", str(checkpoint), "--out", str(out), "--samples", "40", "--length", "32"]
     code = f"""
 import os, resource, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -137,10 +138,10 @@ run.load_layer = lambda checkpoint, index: stop() if index == 1 else load(checkp
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.fullmatch(r".*/out\.partial keeps the finished layers; .* --resume .*\ninterrupted\n", stderr)
-    again = edge("quantize", checkpoint, "--out", tmp_path / "out", "--samples", 4, "--length", 32)
+    again = edge("quantize", checkpoint, "--out", tmp_path / "out", "--samples", 40, "--length", 32)
     assert again.returncode == 2
     assert b"add --resume" in again.stderr
-    resumed = edge("quantize", checkpoint, "--out", tmp_path / "out", "--samples", 4, "--length", 32, "--resume")
+    resumed = edge("quantize", checkpoint, "--out", tmp_path / "out", "--samples", 40, "--length", 32, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     open_checkpoint(tmp_path / "out")

@@ -532,6 +532,5 @@ def test_real_weights_give_closer_activations_on_text_they_were_not_fitted_to(
         options = QuantizeOptions(method, group_size=64)
         quantize_checkpoint(cut, tmp_path / method, options, None if method == "rtn" else fitted_to)
         errors[method] = token_error(outputs(open_checkpoint(tmp_path / method)), exact)
-    print(errors)
     assert errors["gptq"] < 0.9 * errors["rtn"], errors
     assert errors["pgptq"] < 0.9 * errors["rtn"], errors
