@@ -110,7 +110,7 @@ def _write_files(
     for name in (GRAPH, *texts, *modules):
         path = folder / name
         files[name] = FileEntry(hash_file(path), path.stat().st_size)
-    manifest = _manifest(checkpoint, target, options, files, _describe(options.weights, checkpoint, model))
+    manifest = _manifest(checkpoint, target, options, files, model)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
@@ -142,8 +142,17 @@ def _describe(weights: WeightFormat, checkpoint: Checkpoint, model: onnx.ModelPr
     return f"{weights.describe()}, {8 * size / count:.2f} bits a weight (ideal {weights.bits})"
 
 
+def _embedding_type(model: onnx.ModelProto) -> str:
+    """Type of the input table's values in the file."""
+    table = next(
+        node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"
+    )
+    element_type = next(tensor.data_type for tensor in model.graph.initializer if tensor.name == table)
+    return helper.tensor_dtype_to_np_dtype(element_type).name
+
+
 def _manifest(
-    checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry], description: str
+    checkpoint: Checkpoint, target: Target, options: ExportOptions, files: dict[str, FileEntry], model: onnx.ModelProto
 ) -> Manifest:
     text = checkpoint.text
     settings = ("add_bos", "bos_token", "eos_token")
@@ -153,12 +162,13 @@ def _manifest(
         weights={
             **asdict(options.weights),
             "head_group_size": options.weights.head_group_size,
-            "description": description,
+            "description": _describe(options.weights, checkpoint, model),
         },
         target=target.name,
         types={
             "activation": helper.tensor_dtype_to_np_dtype(target.types.activation).name,
             "kv": helper.tensor_dtype_to_np_dtype(target.types.kv).name,
+            "embedding": _embedding_type(model),
         },
         limits={"max_context": max_context(checkpoint.config, options.long_context)},
         text=None if text is None else {name: getattr(text, name) for name in settings},

@@ -14,6 +14,7 @@ from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
 from edge.executor import DecodingExecutor, Executor
 from edge.kv_cache import KVCache
+from edge.memory.ledger import headroom
 from edge.plan import ALWAYS_DENSE, EngineOptions, Plan, make_plan
 from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
@@ -87,7 +88,7 @@ class Engine:
         self.plan = plan
         self.cache = KVCache(plan.num_pages)
         self._executor = executor
-        self._scheduler = Scheduler(self.cache, chunk)
+        self._scheduler = Scheduler(self.cache, chunk, plan.run.rows)
 
     @property
     def max_context(self) -> int:
@@ -181,7 +182,7 @@ class Engine:
     def stream_logits(
         self, ids: Sequence[int], last: int, progress: Progress | None = None
     ) -> Generator[np.ndarray, None, None]:
-        """What `logits` returns, step by step: at most `chunk` rows at a time."""
+        """What `logits` returns, step by step: as many rows at a time as the plan has."""
         self.check_prompt(ids, reply=0)
         sequence = ScheduledSequence(self.cache.open(), list(ids), prompt_length=len(ids), logits_from=len(ids) - last)
         try:
@@ -218,12 +219,13 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
     """Open a bundle, plan its memory and load its executor. A device needs the libraries of its own executor only."""
     bundle = open_bundle(path)
     if bundle.manifest.target == "onnxruntime":
-        from edge.executors.onnxruntime import OnnxRuntimeExecutor
+        from edge.executors.onnxruntime import OnnxRuntimeExecutor, Reserved
 
         plan = make_plan(bundle, options)
-        return Engine(
-            bundle, OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse), plan, options.chunk
-        )
+        weights, step = plan.bytes("weights"), plan.bytes("activations")
+        reserved = Reserved(weights + headroom(weights), step + headroom(step), plan.run.rows)
+        host = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved)
+        return Engine(bundle, host, plan, options.chunk)
     from edge.executors.tensorrt_open import open_tensorrt
 
     executor, plan, chunk = open_tensorrt(bundle, options)

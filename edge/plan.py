@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from edge.bundle import WEIGHTS, Bundle
+from edge.bundle import Bundle
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
-from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
+from edge.kv_cache import pages_for
 from edge.machine import available_memory, usable_cores
+from edge.memory.ledger import Line, Run, Subject, cpu_ledger, total
+from edge.memory.weights import StoredWeights
 from plugins import PAGE_TOKENS
 
 MIB = 1 << 20
-# The interpreter with numpy and ONNX Runtime loaded, before any model.
-PROCESS_BYTES = 160 << 20
-TILE_ROWS = 512  # query rows of one attention task (plugins/paged_attention/cpu.h)
 ALWAYS_DENSE = 2**31 - 1  # a dense_len that no sequence reaches
+Ledger = Callable[[Run], tuple[Line, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class EngineOptions:
     """What a user may decide about a run. context in tokens, memory in bytes; None lets the plan choose.
 
     attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
+    logits_rows: tokens of a step whose logits are wanted at once, at most. offload: a folder on a disk for KV pages
+    that memory does not hold.
     """
 
     context: int | None = None
@@ -33,85 +35,77 @@ class EngineOptions:
     chunk: int = 512  # prompt tokens a step
     attention: str = "model"
     sparse: Mapping[str, int] = field(default_factory=dict)
+    logits_rows: int = 16
+    offload: Path | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, the context they buy, and the sparse attention in force (None: the model has none)."""
+    """A run that fits its budget, line by line, and the sparse attention in force (None: the model has none)."""
 
-    max_context: int
-    num_pages: int
-    weights: int
-    kv: int
-    activations: int
-    process: int = PROCESS_BYTES
+    run: Run
+    lines: tuple[Line, ...]
+    budget: int
     sparse: SparseConfig | None = None
 
     @property
+    def max_context(self) -> int:
+        """Tokens one sequence may hold."""
+        return self.run.context
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages in all, in memory and offloaded."""
+        return self.run.pages
+
+    @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.kv + self.activations + self.process
+        """Bytes of memory."""
+        return total(self.lines)
+
+    def bytes(self, name: str) -> int:
+        """Bytes of one line; 0 if there is none of this name."""
+        return sum(line.bytes for line in self.lines if line.name == name)
 
 
-def kv_page_bytes(bundle: Bundle) -> int:
-    """Bytes of one page over all layers: 64 tokens of keys and values, and their compressed keys."""
-    values = sum(math.prod(shape) for shape in pool_shapes(bundle.config).values())
-    return bundle.config.num_hidden_layers * values * KV_BYTES[bundle.manifest.types["kv"]]
-
-
-def _weights_bytes(bundle: Bundle) -> int:
-    """The mapped file plus the copy ONNX Runtime packs for its kernels (float32 of 16-bit projections or heads)."""
-    stored, weights = bundle.manifest.files[WEIGHTS].bytes, bundle.manifest.weights
-    is_wide = weights["kind"] in ("exact", "fp16") or weights.get("head") == "exact"
-    return 3 * stored if is_wide else 2 * stored
-
-
-def _activation_bytes(bundle: Bundle, options: EngineOptions, context: int) -> int:
-    """Float32 values alive at once in one layer of a step, one row of logits, and what attention works in."""
-    c = bundle.config
-    qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    per_token = 4 * c.hidden_size + qkv + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    tile = TILE_ROWS * 2 * (c.head_dim + PAGE_TOKENS) + 2 * PAGE_TOKENS * c.head_dim
-    choice = 0
-    if c.sparse is not None:  # a score for each token and block of a tile, a bit for each of the step
-        tile += max(1, TILE_ROWS // c.group_size) * pages_for(context)
-        choice = options.chunk * c.num_key_value_heads * pages_for(context) // 32
-    return 4 * (options.chunk * per_token + c.vocab_size + options.threads * tile + choice)
+def subject_of(bundle: Bundle) -> Subject:
+    """What a bundle runs."""
+    manifest = bundle.manifest
+    return Subject(bundle.config, StoredWeights.from_manifest(manifest.weights, manifest.types), manifest.types["kv"])
 
 
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     """The plan of a run on the CPU; `fit_plan` has the rules."""
-    limit = bundle.manifest.limits["max_context"]
-    return fit_plan(
-        bundle,
-        options,
-        weights=_weights_bytes(bundle),
-        activations=_activation_bytes(bundle, options, options.context or limit),
-        process=PROCESS_BYTES,
-        free=available_memory(),
-        limit=limit,
-    )
+    subject, limit = subject_of(bundle), bundle.manifest.limits["max_context"]
+    run = Run(options.context or limit, chunk=options.chunk, rows=options.logits_rows, threads=options.threads)
+    return fit_plan(bundle, options, lambda r: cpu_ledger(subject, r), run, free=available_memory())
 
 
-def fit_plan(
-    bundle: Bundle, options: EngineOptions, *, weights: int, activations: int, process: int, free: int, limit: int
-) -> Plan:
-    """Fit the context into the budget: --memory, or else 90 % of the memory that is `free` before the model is loaded.
+def fit_plan(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *, free: int) -> Plan:
+    """Fit the context of `run` into the budget: --memory, or else 90 % of the memory that is `free` before the model
+    is loaded.
 
     A context that was asked for and does not fit is refused, though it may exceed what the model was trained for;
-    one that was not asked for is `limit` tokens, or as many of them as fit.
+    one that was not asked for is the run's, or as much of it as fits.
     """
     budget = options.memory if options.memory is not None else int(free * 0.9)
-    fixed = weights + activations + process
-    page = kv_page_bytes(bundle)
-    wanted = pages_for(options.context or limit)
-    fitting = max(0, budget - fixed) // page
-    if fitting < (1 if options.context is None else wanted):
-        raise EdgeError(_refusal(bundle, options, budget, fixed, fitting))
-    num_pages = min(wanted, fitting)
-    max_context = min(options.context or limit, num_pages * PAGE_TOKENS)
-    sparse = resolve_sparse(bundle, options)
-    return Plan(max_context, num_pages, weights, num_pages * page, activations, process, sparse)
+    fitting = largest_context(ledger, run, budget)
+    if fitting < (1 if options.context is None else run.context):
+        raise EdgeError(_refusal(bundle, options, ledger, run, budget, fitting))
+    run = replace(run, context=fitting)
+    return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
+
+
+def largest_context(ledger: Ledger, run: Run, budget: int) -> int:
+    """Most tokens, up to those of `run`, whose ledger fits: all of them, or whole pages; 0 if not even one page."""
+    if total(ledger(run)) <= budget:
+        return run.context
+    low, high = 0, pages_for(run.context)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = total(ledger(replace(run, context=middle * PAGE_TOKENS))) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return low * PAGE_TOKENS
 
 
 def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | None:
@@ -129,16 +123,16 @@ def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | Non
     return replace(sparse, dense_len=ALWAYS_DENSE) if options.attention == "dense" else sparse
 
 
-def _refusal(bundle: Bundle, options: EngineOptions, budget: int, fixed: int, fitting: int) -> str:
+def _refusal(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, budget: int, fitting: int) -> str:
     """What does not fit, and what would: a --memory or --context that the sentence names is enough."""
     context = options.context or PAGE_TOKENS
-    needed = f"{-(-(fixed + pages_for(context) * kv_page_bytes(bundle)) // MIB)}MiB"
+    needed = f"{-(-total(ledger(replace(run, context=context))) // MIB)}MiB"
     if options.memory is None:
         problem, remedy = f"90 % of the free memory is {budget // MIB}MiB", "free some"
     else:
         problem, remedy = f"--memory allows {budget // MIB}MiB", f"give --memory {needed}"
     if fitting:
-        other = f"ask for --context {fitting * PAGE_TOKENS}"
+        other = f"ask for --context {fitting}"
     elif bundle.manifest.weights["kind"] in ("exact", "fp16"):
         other = "export with --weights w4a16"
     else:

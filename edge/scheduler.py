@@ -41,11 +41,15 @@ class Step:
 
 
 class Scheduler:
-    """Every decoding sequence takes part in every step; prompts share what is left of `chunk` tokens, in order."""
+    """Every decoding sequence takes part in every step; prompts share what is left of `chunk` tokens, in order.
 
-    def __init__(self, cache: KVCache, chunk: int) -> None:
+    A sequence has logits of at most `rows` tokens in a step; None is `chunk`.
+    """
+
+    def __init__(self, cache: KVCache, chunk: int, rows: int | None = None) -> None:
         self._cache = cache
         self._chunk = chunk
+        self._rows = chunk if rows is None else rows
 
     def next_step(self, sequences: Iterable[Sequence]) -> Step | None:
         """The next step for these sequences, or None if nothing is pending. Reserves the pages it writes."""
@@ -55,6 +59,8 @@ class Scheduler:
         room = max(self._chunk, sum(s.pending == 1 for s in active))
         for sequence in active:
             count = min(sequence.pending, room)
+            if sequence.logits_from is not None:
+                count = min(count, max(sequence.logits_from - sequence.computed, 0) + self._rows)
             if count == 0:
                 break
             self._cache.reserve(sequence.cache_id, sequence.computed + count)

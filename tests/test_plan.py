@@ -17,7 +17,8 @@ from edge.cli.options import parse_size
 from edge.config import ModelConfig
 from edge.engine import open_engine
 from edge.errors import EdgeError
-from edge.plan import EngineOptions, kv_page_bytes, make_plan
+from edge.memory.ledger import page_bytes
+from edge.plan import EngineOptions, make_plan
 from plugins import PAGE_TOKENS
 
 MIB = 1 << 20
@@ -26,6 +27,11 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path) -> Bundle:
     return open_bundle(tiny_bundle)
+
+
+def page(bundle: Bundle) -> int:
+    """Bytes of a page over all layers."""
+    return sum(page_bytes(bundle.config, bundle.manifest.types["kv"]))
 
 
 def grown(bundle: Bundle, config: ModelConfig) -> Bundle:
@@ -50,7 +56,8 @@ def offers(bundle: Bundle, options: EngineOptions) -> tuple[str, EngineOptions |
 def test_a_page_is_what_the_executor_allocates(tiny_bundle: Path, bundle: Bundle) -> None:
     engine = open_engine(tiny_bundle, EngineOptions(context=640))
     pools = engine._executor._pools  # type: ignore[attr-defined]
-    assert sum(pool.numpy().nbytes for pool in pools) == engine.plan.kv == 10 * kv_page_bytes(bundle)
+    planned = engine.plan.bytes("kv cache") + engine.plan.bytes("compressed keys")
+    assert sum(pool.numpy().nbytes for pool in pools) == planned == 10 * page(bundle)
 
 
 @given(
@@ -96,7 +103,7 @@ def test_without_a_wish_the_context_is_the_models_or_what_fits(bundle: Bundle) -
     assert make_plan(bundle, EngineOptions()).max_context == limit
     one_page = make_plan(bundle, EngineOptions(context=1)).total
     for pages in (1, 2, limit // PAGE_TOKENS - 1):
-        memory = one_page + (pages - 1) * kv_page_bytes(bundle)
+        memory = one_page + (pages - 1) * page(bundle)
         assert make_plan(bundle, EngineOptions(memory=memory)).max_context == pages * PAGE_TOKENS
     with pytest.raises(EdgeError):
         make_plan(bundle, EngineOptions(memory=one_page - 1))

@@ -43,7 +43,9 @@ def logits(
         raise UsageError(f"--last {last} exceeds the {len(ids)} ids of {ids_file}; ask for at most {len(ids)}")
     opt.check_output(out)
     with _as_bundle(model, ids, out, exact, attention) as bundle:
-        engine = opt.load_engine(bundle, context or len(ids), memory, threads, chunk, attention, sparse)
+        engine = opt.load_engine(
+            bundle, context or len(ids), memory, threads, chunk, attention, sparse, logits_rows=opt.MANY_ROWS
+        )
         with progress_bar("computing") as progress:
             _save(out, engine.stream_logits(ids, last, progress), (last, engine.vocab_size))
     note(f"{out}: logits {last} x {engine.vocab_size}")

@@ -47,6 +47,7 @@ Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="Thinking mode of templates that have one (MiniCPM4.1).")
 ]
 
+MANY_ROWS = 128  # rows of logits a step, for commands that want those of every token
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -77,6 +78,7 @@ def load_engine(
     chunk: int = EngineOptions.chunk,
     attention: str | None = None,
     sparse: str | None = None,
+    logits_rows: int = EngineOptions.logits_rows,
 ) -> Engine:
     """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for."""
     options = EngineOptions(
@@ -86,6 +88,7 @@ def load_engine(
         chunk=chunk,
         attention=attention or EngineOptions.attention,
         sparse=parse_sparse(sparse),
+        logits_rows=logits_rows,
     )
     engine = open_engine(bundle, options)
     trained = engine.bundle.manifest.limits["max_context"]

@@ -13,7 +13,8 @@ from edge.doctor.machine import free_space
 from edge.doctor.software import TENSORRT, tensorrt_versions
 from edge.errors import EdgeError, UsageError
 from edge.kv_cache import pages_for
-from edge.plan import EngineOptions, kv_page_bytes, make_plan
+from edge.memory.ledger import page_bytes
+from edge.plan import EngineOptions, make_plan, subject_of
 from plugins import PAGE_TOKENS
 from plugins.build.embed import TARGETS, module_file
 
@@ -123,7 +124,8 @@ def bundle_memory(bundle: Bundle, patient: Patient) -> Finding:
     answer = patient.machine.probed("gpu")
     total = answer.get("total_memory", patient.machine.meminfo.get("MemTotal", 0))
     free = answer.get("free_memory", patient.machine.available_memory)
-    weights, page = bundle.manifest.files[WEIGHTS].bytes, kv_page_bytes(bundle)
+    subject = subject_of(bundle)
+    weights, page = bundle.manifest.files[WEIGHTS].bytes, sum(page_bytes(subject.config, subject.kv))
     if weights + page > total:
         words = f"{gib(weights)} of weights and a cache do not fit in {gib(total)}"
         return Finding("model in memory", "problem", words, "use a smaller model, or --weights w4a16")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -15,19 +18,38 @@ from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
 from edge.kv_cache import pool_shapes
 from plugins.ort.library import register
+from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, Taken, is_exhausted
 
 # How numpy holds a pool, and ONNX's number of its type.
 _POOL_TYPES = {"float32": (np.float32, 1), "float16": (np.float16, 10), "bfloat16": (np.uint16, 16)}
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # mallopt: what is larger goes back to the system once it is freed
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Bytes that the session's packed weights and the tensors of a step may take, and the rows of logits it has."""
+
+    weights: int
+    step: int
+    rows: int
 
 
 class OnnxRuntimeExecutor:
     """One session and the pools of each layer (edge/kv_cache.py); see edge/executor.py for the step.
 
     Each pool is bound as input and output at once, so the attention operator updates it and nothing is copied.
-    `sparse`: the settings of sparse attention for every step, if the model has it.
+    `sparse`: the settings of sparse attention for every step, if the model has it. `reserved`: what the session may
+    allocate, to the byte; None leaves that to ONNX Runtime.
     """
 
-    def __init__(self, bundle: Bundle, num_pages: int, threads: int, sparse: SparseConfig | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        num_pages: int,
+        threads: int,
+        sparse: SparseConfig | None = None,
+        reserved: Reserved | None = None,
+    ) -> None:
         if bundle.manifest.target != "onnxruntime":
             raise UsageError(
                 f"{bundle.path} was exported for {bundle.manifest.target}; export it with --target onnxruntime to run "
@@ -40,8 +62,14 @@ class OnnxRuntimeExecutor:
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # every step has its own shapes
         self._library = register(options)
+        self._memory: MemoryPool | None = None
+        self._logits = np.zeros((0, bundle.config.vocab_size), np.float32)
         try:
-            self._session = ort.InferenceSession(str(bundle.file(GRAPH)), options, providers=["CPUExecutionProvider"])
+            if reserved is not None:
+                self._reserve(options, reserved)
+            with self._use(WEIGHTS):
+                model = str(bundle.file(GRAPH))
+                self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
             self._pools = self._bind_pools(bundle)
             if (sparse := sparse or bundle.config.sparse) is not None:
@@ -51,11 +79,27 @@ class OnnxRuntimeExecutor:
         except MemoryError as error:
             raise EdgeError(f"the KV pool cannot be had ({error}); ask for a smaller --context or --memory") from error
         except Exception as error:  # the library has no narrower base
+            if is_exhausted(error):
+                raise EdgeError(f"the weights of {bundle.path} do not fit in their part of the plan") from error
             raise EdgeError(
                 f"ONNX Runtime cannot load {bundle.file(GRAPH)} ({error}); export the bundle again"
             ) from error
         self._input_names = {node.name for node in self._session.get_inputs()}
         self._kv_type = bundle.manifest.types["kv"]
+
+    def _reserve(self, options: ort.SessionOptions, reserved: Reserved) -> None:
+        """Give the session regions of its own and logits a buffer, and let malloc keep nothing that was freed."""
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        self._logits = np.zeros((reserved.rows, self._logits.shape[1]), np.float32)
+        if self._library is not None:
+            self._memory = MemoryPool(reserved.weights, reserved.step)
+            self._memory.session_options(options)
+
+    @contextlib.contextmanager
+    def _use(self, region: int) -> Iterator[None]:
+        with contextlib.nullcontext() if self._memory is None else self._memory.use(region):
+            yield
 
     def _bind_pools(self, bundle: Bundle) -> list[ort.OrtValue]:
         dtype, onnx_type = _POOL_TYPES[bundle.manifest.types["kv"]]
@@ -74,15 +118,31 @@ class OnnxRuntimeExecutor:
         for name in ("input_ids", "positions", "query_start", "page_table", "logits_rows", "switch_length"):
             if name in self._input_names:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name), np.int32))
-        self._binding.bind_output("logits", "cpu")
+        rows, buffer = len(batch.logits_rows), self._logits
+        if rows <= len(buffer):
+            shape = (rows, buffer.shape[1])
+            self._binding.bind_output("logits", "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        else:
+            self._binding.bind_output("logits", "cpu")
         try:
-            self._session.run_with_iobinding(self._binding)
+            with self._use(STEP):
+                self._session.run_with_iobinding(self._binding)
         except Exception as error:  # the library has no narrower base
             tokens = len(batch.input_ids)
+            if is_exhausted(error):
+                raise EdgeError(f"a step of {tokens} tokens needs more than the plan has for it") from error
             raise EdgeError(
                 f"ONNX Runtime failed in a step of {tokens} tokens ({error}); try a smaller --chunk"
             ) from error
+        if rows <= len(buffer):
+            return StepResult(buffer[:rows].copy())  # the next step overwrites it
         return StepResult(self._binding.get_outputs()[-1].numpy())
+
+    def memory(self) -> dict[str, Taken]:
+        """Bytes of packed weights and of a step's tensors, as ONNX Runtime took them; empty if nothing was reserved."""
+        if self._memory is None:
+            return {}
+        return {"weights": self._memory.taken(WEIGHTS), "activations": self._memory.taken(STEP)}
 
     def describe(self) -> dict[str, str]:
         """Provider, kernels, threads and KV type, for reports."""

@@ -12,7 +12,8 @@ from edge.executors.tensorrt import Sizes, TensorRTExecutor, pool_bytes
 from edge.executors.tensorrt_engine import load_engine
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
-from edge.plan import EngineOptions, Plan, fit_plan, resolve_sparse
+from edge.memory.ledger import Line, Run, cache_lines, total
+from edge.plan import EngineOptions, Plan, fit_plan, resolve_sparse, subject_of
 from edge.tensorrt import Flavour, load_flavour
 from plugins import PAGE_TOKENS
 from plugins.plugin import PluginHost
@@ -53,15 +54,20 @@ def open_executor(
     free = _free_memory(device)
     kernels = Kernels(bundle.kernels(device.architecture), device)
     engine = load_engine(file, flavour, PluginHost(kernels))
-    plan = fit_plan(
-        bundle,
-        options,
-        weights=file.measured.bytes,
-        activations=pool_bytes(bundle, engine, sizes),
-        process=0,
-        free=free,
-        limit=limit,
-    )
+    subject = subject_of(bundle)
+
+    def ledger(run: Run) -> tuple[Line, ...]:
+        cache = cache_lines(subject, run)
+        whole = pool_bytes(bundle, engine, replace(sizes, pages=run.pages))
+        return (
+            Line("weights", file.measured.bytes, "the engine's, which TensorRT allocates"),
+            *cache,
+            Line("working memory", engine.working_bytes, "of the engine's layers and plugins"),
+            Line("inputs and logits", whole - total(cache) - engine.working_bytes, f"{sizes.rows} rows"),
+        )
+
+    run = Run(options.context or limit, chunk=options.chunk, rows=sizes.rows)
+    plan = fit_plan(bundle, options, ledger, run, free=free)
     width = pages_for(plan.max_context)
     sizes = replace(sizes, pages=plan.num_pages, table_width=width)
     return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences

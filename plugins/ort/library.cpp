@@ -1,8 +1,10 @@
 // The operators of domain `edge` as ONNX Runtime custom operators. ONNX Runtime prefers them to the FunctionProtos.
 #include <cstring>
+#include <new>
 
 #include "plugins/group_offsets/cpu.h"
 #include "plugins/infllmv2/cpu.h"
+#include "plugins/ort/memory.h"
 #include "plugins/ort/ort_abi.h"
 #include "plugins/paged_attention/cpu.h"
 #include "plugins/rms_norm/cpu.h"
@@ -194,11 +196,37 @@ struct InfLlmV2Attention {
   }
 };
 
+// ONNX Runtime checks for null while it loads a model, but not in a step; there it expects exceptions.
+void* take(ort::Allocator*, size_t bytes) {
+  void* memory = edge::memory_pools().take(bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+// Offers the pools to every session of the process that asks for its environment's allocators.
+ort::Status* register_pools() {
+  static bool is_registered = false;
+  static const void* info = nullptr;
+  if (is_registered) return nullptr;
+  static ort::Allocator allocator = {ort::kApiVersion, take,
+                                     [](ort::Allocator*, void* p) { edge::memory_pools().give_back(p); },
+                                     [](const ort::Allocator*) { return info; }};
+  void* environment = nullptr;  // the process has one; it is told here again by the name of its log
+  constexpr int kWarnings = 2, kDeviceAllocator = 0, kDefaultMemory = 0;
+  if (auto* status = ort::call(ort::kCreateEnv, kWarnings, "edge", &environment)) return status;
+  if (auto* status = ort::call(ort::kCreateCpuMemoryInfo, kDeviceAllocator, kDefaultMemory, &info)) return status;
+  is_registered = true;
+  return ort::call(ort::kRegisterAllocator, environment, &allocator);
+}
+
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
+#define EDGE_EXPORT extern "C" __attribute__((visibility("default")))
+
+EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   ort::api = base->GetApi(ort::kApiVersion);
   if (ort::api == nullptr) return nullptr;  // older than 1.17, which pyproject.toml rules out: the functions run
+  if (auto* status = register_pools()) return status;
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
                                 ort::make_custom_op<SwiGlu>(), ort::make_custom_op<AddGroupOffsets>(),
                                 ort::make_custom_op<PagedAttention>(),
@@ -214,6 +242,14 @@ extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* 
 }
 
 // Bytes of KV pools that attention has read since the last call.
-extern "C" __attribute__((visibility("default"))) uint64_t edge_take_pool_bytes_read() {
-  return edge::pool_bytes_read.exchange(0);
+EDGE_EXPORT uint64_t edge_take_pool_bytes_read() { return edge::pool_bytes_read.exchange(0); }
+
+// The memory of one executor (plugins/ort/memory.h).
+EDGE_EXPORT uint64_t edge_memory_open(uint64_t weights, uint64_t step) {
+  return edge::memory_pools().open(weights, step);
 }
+EDGE_EXPORT void edge_memory_use(uint64_t pool, int region) { edge::memory_pools().use(pool, region); }
+EDGE_EXPORT void edge_memory_stats(uint64_t pool, int region, uint64_t* out) {
+  edge::memory_pools().stats(pool, region, out);
+}
+EDGE_EXPORT void edge_memory_close(uint64_t pool) { edge::memory_pools().close(pool); }

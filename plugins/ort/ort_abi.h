@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "plugins/ort/parallel.h"
@@ -19,6 +20,7 @@ struct ApiBase {
 
 enum Slot : int {
   kCreateStatus = 0,
+  kCreateEnv = 3,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
@@ -27,11 +29,13 @@ enum Slot : int {
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kCreateCpuMemoryInfo = 69,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kRegisterAllocator = 176,
   kKernelContextParallelFor = 274,  // since API version 17
 };
 
@@ -54,6 +58,14 @@ struct CustomOp {
   int (*GetInputCharacteristic)(const CustomOp*, size_t);
   int (*GetOutputCharacteristic)(const CustomOp*, size_t);
   void* unused[24];  // later versions' fields: never read at version 7, here for safety
+};
+
+// OrtAllocator, as of version 17 (later versions' fields are never read then).
+struct Allocator {
+  uint32_t version;
+  void* (*Alloc)(Allocator*, size_t);
+  void (*Free)(Allocator*, void*);
+  const void* (*Info)(const Allocator*);
 };
 
 inline const Function* api = nullptr;
@@ -95,6 +107,7 @@ inline Tensor input(void* context, size_t index) {
 inline void* output(void* context, size_t index, const std::vector<int64_t>& shape) {
   void *value = nullptr, *data = nullptr;
   call(kKernelContextGetOutput, context, index, shape.data(), shape.size(), &value);
+  if (value == nullptr) throw std::bad_alloc();  // which ONNX Runtime catches
   call(kGetTensorMutableData, value, &data);
   return data;
 }

@@ -1,0 +1,1 @@
+"""What every byte of a run is for: computed from shapes before anything is allocated, and measured against it."""

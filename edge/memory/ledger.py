@@ -1,0 +1,117 @@
+"""The ledger of a run on the CPU: a line for everything that takes memory, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from edge.config import ModelConfig
+from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
+from edge.memory.step import attention_bytes, step_bytes
+from edge.memory.weights import StoredWeights, cpu_weight_bytes
+from plugins import PAGE_TOKENS
+
+# The interpreter with numpy, ONNX Runtime and a tokenizer, and its session's own structures; stated, not allocated.
+PROCESS_BYTES = 160 << 20
+# For what the formulas miss, in percent of packed weights and activations, and the alignment of small tensors.
+HEADROOM_PERCENT, HEADROOM_BYTES = 5, 1 << 20
+MEMORY, DISK = "memory", "disk"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes by purpose. where: 'memory' (counts towards the budget) or 'disk'."""
+
+    name: str
+    bytes: int
+    note: str = ""
+    where: str = MEMORY
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What runs: the model, how its weights and its cache are stored."""
+
+    config: ModelConfig
+    weights: StoredWeights
+    kv: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """How it runs: `sequences` of up to `context` tokens, `chunk` prompt tokens a step, logits of up to `rows` rows.
+
+    resident: KV pages in memory if the others are offloaded; None keeps all of them.
+    """
+
+    context: int
+    sequences: int = 1
+    chunk: int = 512
+    rows: int = 1
+    threads: int = 1
+    resident: int | None = None
+
+    @property
+    def pages(self) -> int:
+        """KV pages of all sequences."""
+        return self.sequences * pages_for(self.context)
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a step: a prompt's chunk beside a token of every other sequence."""
+        return self.chunk + self.sequences - 1
+
+
+def total(lines: Iterable[Line]) -> int:
+    """Bytes of memory, what is on disk left out."""
+    return sum(line.bytes for line in lines if line.where == MEMORY)
+
+
+def page_bytes(config: ModelConfig, kv: str) -> tuple[int, int]:
+    """Bytes of one page over all layers: 64 tokens of keys and values, and their compressed keys."""
+    shapes = pool_shapes(config)
+    values = math.prod(shapes.pop("kv_pool"))
+    keys = sum(math.prod(shape) for shape in shapes.values())
+    size = config.num_hidden_layers * KV_BYTES[kv]
+    return values * size, keys * size
+
+
+def cache_lines(subject: Subject, run: Run) -> list[Line]:
+    """KV pages, those on disk, and compressed keys, which are always in memory."""
+    values, keys = page_bytes(subject.config, subject.kv)
+    resident = run.pages if run.resident is None else min(run.resident, run.pages)
+    lines = [Line("kv cache", resident * values, f"{resident} pages of {PAGE_TOKENS} tokens, {subject.kv}")]
+    if keys:
+        lines.append(Line("compressed keys", run.pages * keys, "for the choice of blocks"))
+    if run.resident is not None:
+        lines.append(Line("kv on disk", run.pages * values, f"{run.pages} pages", DISK))
+    return lines
+
+
+def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
+    """Every line of a run on ONNX Runtime's CPU provider."""
+    config = subject.config
+    weights = cpu_weight_bytes(config, subject.weights)
+    step = step_bytes(config, subject.weights, run.tokens, run.rows)
+    working = [
+        *cache_lines(subject, run),
+        Line("activations", step, f"steps of {run.tokens} tokens"),
+        Line("attention", attention_bytes(config, run.tokens, run.threads, run.context), f"{run.threads} threads"),
+        Line("logits", 2 * 4 * run.rows * config.vocab_size, f"{run.rows} rows, and a copy"),
+        Line("headroom", headroom(weights.packed) + headroom(step), "for what the formulas miss"),
+    ]
+    lines = [
+        Line("weights", weights.packed, "packed for the kernels"),
+        Line("weights, mapped", weights.mapped, "embedding and scales, read from the bundle"),
+        *working,
+        Line("process", PROCESS_BYTES, "interpreter and libraries"),
+    ]
+    if (loading := weights.loading - total(working)) > 0:
+        lines.append(Line("loading", loading, "converts the largest matrix, before there is a cache"))
+    return tuple(lines)
+
+
+def headroom(size: int) -> int:
+    """Bytes that a region has more than its line in the ledger."""
+    return size * HEADROOM_PERCENT // 100 + HEADROOM_BYTES

@@ -1,0 +1,154 @@
+"""Bytes that a step works in on the CPU: its tensors in the order in which ONNX Runtime takes and frees them.
+
+The executor gives a step one region of fixed size (plugins/ort/memory.h). Gaps between tensors count as much as the
+tensors do, so the size follows from running the schedule through the same first-fit rule.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from edge.config import ModelConfig
+from edge.kv_cache import pages_for
+from edge.memory.weights import TABLE_BYTES, Matrix, StoredWeights, matrices
+from plugins import PAGE_TOKENS
+
+_ALIGNMENT = 64
+TILE_ROWS = 512  # query rows of one attention task (plugins/paged_attention/cpu.h)
+
+
+@dataclass
+class Region:
+    """plugins/ort/memory.h's Region: first fit, neighbouring gaps joined.
+
+    peak: the end of the highest block so far.
+    """
+
+    peak: int = 0
+    _gaps: list[tuple[int, int]] = field(default_factory=lambda: [(0, 1 << 62)])  # (offset, length), ascending
+    _taken: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def take(self, name: str, size: int) -> None:
+        """Give `name` the first gap that is long enough."""
+        size = -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
+        index = next(i for i, (_, length) in enumerate(self._gaps) if length >= size)
+        offset, length = self._gaps.pop(index)
+        if length > size:
+            insort(self._gaps, (offset + size, length - size))
+        self._taken[name] = (offset, size)
+        self.peak = max(self.peak, offset + size)
+
+    def rename(self, old: str, new: str) -> None:
+        """Call what was `old` `new`."""
+        self._taken[new] = self._taken.pop(old)
+
+    def give_back(self, name: str) -> None:
+        """Free what `name` had."""
+        insort(self._gaps, self._taken.pop(name))
+        joined: list[tuple[int, int]] = []
+        for offset, length in self._gaps:
+            if joined and sum(joined[-1]) == offset:
+                joined[-1] = (joined[-1][0], joined[-1][1] + length)
+            else:
+                joined.append((offset, length))
+        self._gaps = joined
+
+
+@dataclass(frozen=True)
+class _Node:
+    """One operator of a step: what it makes, what it works in meanwhile, and what nobody needs after it."""
+
+    makes: dict[str, int]
+    workspace: int = 0
+    frees: tuple[str, ...] = ()
+    renames: dict[str, str] = field(default_factory=dict)
+
+
+def step_bytes(config: ModelConfig, weights: StoredWeights, tokens: int, rows: int) -> int:
+    """The region that a step of `tokens` new tokens and `rows` rows of logits needs, float32 throughout."""
+    region = Region()
+    for node in _schedule(config, weights, tokens, min(rows, tokens)):
+        for name, size in node.makes.items():
+            region.take(name, size)
+        if node.workspace:
+            region.take("workspace", node.workspace)
+            region.give_back("workspace")
+        for name in node.frees:
+            region.give_back(name)
+        for old, new in node.renames.items():
+            region.rename(old, new)
+    return region.peak
+
+
+def _schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int) -> Iterator[_Node]:
+    qkv, out, gate_up, down, head = matrices(c, weights)
+    hidden = 4 * tokens * c.hidden_size
+    table = 4 * tokens * c.head_dim // 2
+    yield _Node({"cos": table, "sin": table, "angle": table}, frees=("angle",))
+    yield from _embed(c, weights, tokens)
+    yield _Node({"normed": hidden})
+    for layer in range(min(c.num_hidden_layers, 3)):  # the third takes its blocks where the second did
+        yield from _linear("qkv", "normed", qkv, tokens)
+        yield _Node({"attended": 4 * tokens * out.columns}, frees=("qkv",))
+        if layer == min(c.num_hidden_layers, 3) - 1:
+            tokens = rows
+            yield _cut("attended", 4 * rows * out.columns)
+            yield _cut("hidden", 4 * rows * c.hidden_size)
+        yield from _linear("branch", "attended", out, tokens)
+        yield from _add_norm(c, tokens)
+        yield from _linear("gate_up", "normed", gate_up, tokens)
+        yield _Node({"gated": 4 * tokens * c.intermediate_size}, frees=("gate_up",))
+        yield from _linear("branch", "gated", down, tokens)
+        yield from _add_norm(c, tokens)
+    yield _Node({"scaled": 4 * tokens * c.hidden_size}, frees=("hidden", "normed"))
+    yield _Node({}, workspace=_workspace(head, rows), frees=("scaled",))  # the logits have a buffer of their own
+
+
+def _embed(c: ModelConfig, weights: StoredWeights, tokens: int) -> Iterator[_Node]:
+    """Rows of the table, as float32, times scale_emb; ONNX Runtime leaves out what changes nothing."""
+    hidden = 4 * tokens * c.hidden_size
+    yield _Node({"hidden": hidden * TABLE_BYTES[weights.embedding] // 4})
+    if weights.embedding != "float32":
+        yield _Node({"wide": hidden}, frees=("hidden",), renames={"wide": "hidden"})
+    if weights.embedding == "int8" or c.scale_emb != 1:
+        yield _Node({"scaled": hidden}, frees=("hidden",), renames={"scaled": "hidden"})
+
+
+def _cut(name: str, size: int) -> _Node:
+    """Only the rows that need logits go on."""
+    return _Node({"rows": size}, frees=(name,), renames={"rows": name})
+
+
+def _linear(name: str, source: str, matrix: Matrix, tokens: int) -> Iterator[_Node]:
+    """x -> x W^T; asymmetric groups add their offsets into a tensor of its own."""
+    size, workspace = 4 * tokens * matrix.rows, _workspace(matrix, tokens)
+    if matrix.symmetric or not matrix.has_codes:
+        yield _Node({name: size}, workspace, (source,))
+    else:
+        yield _Node({"product": size}, workspace)
+        yield _Node({name: size}, frees=("product", source))
+
+
+def _workspace(matrix: Matrix, tokens: int) -> int:
+    """MatMulNBits (accuracy level 4) rounds its input to int8, with a scale and a sum for every block."""
+    if not matrix.has_codes:
+        return 0
+    return tokens * (matrix.columns + 8 * (matrix.blocks // matrix.rows)) + _ALIGNMENT
+
+
+def _add_norm(c: ModelConfig, tokens: int) -> Iterator[_Node]:
+    size = 4 * tokens * c.hidden_size
+    yield _Node({"total": size, "normed": size}, frees=("hidden", "branch"), renames={"total": "hidden"})
+
+
+def attention_bytes(config: ModelConfig, tokens: int, threads: int, context: int) -> int:
+    """What attention's threads work in besides (plugins/paged_attention/tile.h, plugins/infllmv2/select.h)."""
+    rows = min(TILE_ROWS, max(1, tokens) * config.group_size)
+    tile = rows * (2 * config.head_dim + 2 * PAGE_TOKENS + 2) + 2 * PAGE_TOKENS * config.head_dim
+    choice = 0
+    if config.sparse is not None:  # a score for each token and block of a tile, a bit for each of the step
+        tile += max(1, rows // config.group_size) * pages_for(context)
+        choice = tokens * config.num_key_value_heads * pages_for(context) // 32
+    return 4 * (threads * tile + choice)

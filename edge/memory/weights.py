@@ -1,0 +1,116 @@
+"""Bytes of a model's weights: in their file, as ONNX Runtime packs them for the CPU, and in a TensorRT engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edge.config import ModelConfig
+
+TABLE_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # of a value of the embedding
+BITS = {"exact": 16, "fp16": 16, "w4a16": 4, "ternary": 2, "int8": 8, "int4": 4}
+_ROW_BLOCK = 128  # inputs that share a scale in a CPU's operator if the format has one for a whole row
+_SUM_ROWS = 16  # MLAS rounds the rows of its block sums up to this
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """How a bundle stores its weights (build_engine/formats.py says what there is). embedding: its values' type."""
+
+    kind: str
+    group_size: int
+    symmetric: bool
+    head: str
+    head_group_size: int
+    embedding: str = "bfloat16"
+
+    @staticmethod
+    def from_manifest(weights: Mapping[str, Any], types: Mapping[str, str]) -> StoredWeights:
+        """Of a manifest's `weights` and `types`; KeyError if something is missing."""
+        names = ("kind", "group_size", "symmetric", "head", "head_group_size")
+        return StoredWeights(**{name: weights[name] for name in names}, embedding=types["embedding"])
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` matrices of the model that are multiplied with: stored as BITS says, a scale for every `group` inputs."""
+
+    rows: int
+    columns: int
+    stored: str
+    group: int
+    symmetric: bool = True
+    count: int = 1
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it is codes and scales rather than numbers."""
+        return BITS[self.stored] < 16
+
+    @property
+    def values(self) -> int:
+        """Weights of one."""
+        return self.rows * self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Scales of one on the CPU."""
+        return self.rows * (self.columns // (self.group or _ROW_BLOCK))
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """packed: what the executor holds of them; mapped: what it reads from the bundle's file, which the system may drop
+    and read again; loading: more than `packed`, for a moment, while they are loaded."""
+
+    packed: int
+    mapped: int
+    loading: int
+
+
+def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
+    """What a step multiplies with, the head last."""
+    c = config
+    attended, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = (
+        (attended + 2 * kv, c.hidden_size),
+        (c.hidden_size, attended),
+        (2 * c.intermediate_size, c.hidden_size),
+        (c.hidden_size, c.intermediate_size),
+    )
+    for rows, columns in shapes:
+        yield Matrix(rows, columns, weights.kind, weights.group_size, weights.symmetric, c.num_hidden_layers)
+    head = weights.kind if weights.head == "exact" and BITS[weights.kind] == 16 else weights.head
+    yield Matrix(c.vocab_size, c.hidden_size, head, weights.head_group_size)
+
+
+def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes:
+    """What ONNX Runtime's CPU provider holds.
+
+    MatMulNBits packs codes, float32 scales and float32 sums of blocks, beside the scales in the file; other matrices
+    become float32, each folded once before it is packed. Rows of the embedding are read from the file.
+    """
+    packed = loading = 0
+    mapped = config.vocab_size * config.hidden_size * TABLE_BYTES[weights.embedding]
+    for m in matrices(config, weights):
+        if m.has_codes:
+            sums = -(-m.rows // _SUM_ROWS) * _SUM_ROWS * (m.blocks // m.rows)
+            packed += m.count * (m.values * BITS[m.stored] // 8 + 4 * m.blocks + 4 * sums)
+            mapped += m.count * m.blocks * (4 if m.symmetric else 6)  # asymmetric groups have a float16 offset, too
+        else:
+            packed += m.count * 4 * m.values
+            loading = max(loading, 4 * m.values)
+    return WeightBytes(packed, mapped, loading)
+
+
+def device_weight_bytes(config: ModelConfig, weights: StoredWeights) -> int:
+    """What a TensorRT engine of this format holds: codes with float16 scales, a float16 embedding, all else float16.
+
+    An exact head that is the embedding's own table is held once.
+    """
+    total = 0 if config.tie_word_embeddings and weights.head == "exact" else config.vocab_size * config.hidden_size * 2
+    for m in matrices(config, weights):
+        scales = 2 * m.rows * (m.columns // m.group if m.group else 1) if m.has_codes else 0
+        total += m.count * (m.values * BITS[m.stored] // 8 + scales)
+    return total
