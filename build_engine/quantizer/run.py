@@ -179,7 +179,8 @@ class _Calibration:
             "gate_up": layer.mlp_input,
             "down": layer.gated,
         }
-        hessian = mean_outer_product(self._counted(read[stage](hidden)) for hidden in self.states)
+        with np.errstate(over="ignore", invalid="ignore"):  # found and named below
+            hessian = mean_outer_product(self._counted(read[stage](hidden)) for hidden in self.states)
         if not np.isfinite(hessian.diagonal()).all():
             raise EdgeError(
                 f"layer {index}: the calibration text drives activations beyond float32; the weights are damaged"
@@ -193,7 +194,8 @@ class _Calibration:
             return others
         sizes = np.sqrt(np.mean(first * first, axis=1, keepdims=True))
         largest = np.sqrt(np.mean(others * others))
-        return np.concatenate([first * (largest / np.maximum(sizes, largest)), others])
+        shrinks = sizes > largest  # where all inputs are 0, nothing does
+        return np.concatenate([first * np.divide(largest, sizes, out=np.ones_like(sizes), where=shrinks), others])
 
     def after(self, layer: Layer, stage: str) -> None:
         """Move on past a stage that is quantised, if it ends at the residual stream."""
@@ -228,7 +230,7 @@ def _quantize_stage(
     fit: Callable[[np.ndarray, np.ndarray], Int4Matrix] = gptq.round_to_nearest
     if hessian is not None:
         order = gptq.input_order(hessian)
-        factor = gptq.inverse_factor(hessian, order, options.damping)
+        factor = gptq.inverse_factor(f"layer {index}, {stage}", hessian, order, options.damping)
         fit = partial(gptq.gptq, factor=factor, order=order)
     results = {}
     for name in STAGES[stage]:
