@@ -28,6 +28,7 @@ from edge.errors import EdgeError, UsageError
 from edge.plan import EngineOptions
 from plugins.rms_norm.meaning import rms_norm
 from tests.synthetic import tiny_config, tiny_llama_config, write_gguf_checkpoint, write_hf_checkpoint
+from tests.ternary_samples import write_ternary_checkpoint
 from tests.text import english_text
 
 OPTIONS = QuantizeOptions(group_size=32)
@@ -369,6 +370,11 @@ WRONG: dict[str, tuple[Callable[[Checkpoint, Path], Checkpoint], dict[str, Any],
         {},
         "k_proj.weight has 20 rows, but GPTQ files pack them by 8",
     ),
+    "ternary": (
+        lambda source, folder: open_checkpoint(write_ternary_checkpoint(folder / "checkpoint", tiny_config())),
+        {},
+        "checkpoint is ternary, and int4 would only make it larger; export it as it is",
+    ),
     "int4 already": (
         lambda source, folder: (
             quantize_checkpoint(source, folder / "int4", replace(OPTIONS, method="rtn"), None),
@@ -444,6 +450,10 @@ def test_a_folder_in_the_way_is_nobody_elses_to_clear(source: Checkpoint, tmp_pa
             quantize_checkpoint(source, tmp_path / "out", replace(OPTIONS, method="rtn"), None, **choice)
     assert (mine / "letter.txt").read_text() == "precious"
     shutil.rmtree(mine)
+    mine.write_text("precious")
+    with pytest.raises(UsageError, match="holds something else"):
+        quantize_checkpoint(source, tmp_path / "out", replace(OPTIONS, method="rtn"), None)
+    mine.unlink()
     mine.mkdir()
     (mine / "state.json.tmp").write_text("{")  # of a run that was killed at once
     quantize_checkpoint(source, tmp_path / "out", replace(OPTIONS, method="rtn"), None)

@@ -68,7 +68,14 @@ def open_partial(out: Path, settings: dict[str, Any], *, resume: bool, overwrite
     with it, if it was made with other settings, or if the folder is somebody else's.
     """
     folder = partial_path(out)
-    folder.mkdir(exist_ok=True)
+    taken = UsageError(
+        f"{folder}, where an unfinished {out.name} would grow, holds something else; move it away or choose another "
+        "--out"
+    )
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise taken from None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -77,10 +84,7 @@ def open_partial(out: Path, settings: dict[str, Any], *, resume: bool, overwrite
             raise EdgeError(f"another run is writing {folder}; wait for it or choose another --out") from None
         left = (folder / STATE).is_file()
         if not left and any(path.name != f"{STATE}.tmp" for path in folder.iterdir()):
-            raise UsageError(
-                f"{folder}, where an unfinished {out.name} would grow, holds something else; move it away or choose "
-                "another --out"
-            )
+            raise taken
         if left and not (resume or overwrite):
             raise UsageError(
                 f"{folder} holds an interrupted run; add --resume to finish it or --overwrite to start anew"

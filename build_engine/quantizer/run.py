@@ -18,6 +18,7 @@ from build_engine.quantizer.forward import STAGES, Layer, embed, layer_tensors, 
 from build_engine.quantizer.gptq import Int4Matrix
 from build_engine.quantizer.memory import hidden_states, require_memory
 from build_engine.quantizer.report import LinearReport, QuantizationReport
+from build_engine.ternary import is_ternary
 from edge.bundle import hash_file
 from edge.errors import EdgeError, UsageError
 from edge.machine import available_memory
@@ -78,6 +79,11 @@ def quantize_checkpoint(
     interrupted and resumed is, byte for byte, what one sitting gives. EdgeError, UsageError: see the parts.
     """
     place.check_place(out, overwrite)
+    if is_ternary(checkpoint):
+        raise UsageError(
+            f"{checkpoint.path} is ternary, and int4 would only make it larger; export it as it is, which keeps its "
+            "codes"
+        )
     write.require_packable(checkpoint, options.group_size)
     if sequences is not None and sequences.shape[1] <= options.skipped:
         raise UsageError(
