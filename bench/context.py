@@ -28,7 +28,8 @@ from rich.table import Table
 from bench.checkpoints import prepare
 from bench.context_plot import Lines, context_svg
 from bench.decode_bytes import weight_bytes
-from bench.peers import Measured, llama_modes, measure_llama, measure_ours, prepare_bundle, print_table, take_turns
+from bench.peers import Measured, llama_modes, measure_llama, measure_ours, print_table, take_turns
+from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx
 
+from build_engine.checkpoint import expected_shapes
+from build_engine.formats import WeightFormat
 from edge.bundle import GRAPH, Bundle
 from edge.config import ModelConfig, SparseConfig
 
@@ -27,10 +31,36 @@ def minimum_pool_bytes(config: ModelConfig, context: int, value_bytes: int, spar
 def weight_bytes(bundle: Bundle) -> int:
     """Bytes of the stored weights that a step of one token reads: all but the embedding, and of that one row."""
     graph = onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph
-    stored, rows = {}, {}
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            size = next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
-            stored[tensor.name], rows[tensor.name] = size, tensor.dims[0]
+    stored = _stored_bytes(graph)
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.name in stored}
     multiplied = {name for node in graph.node if node.op_type != "Gather" for name in node.input}
     return sum(size if name in multiplied else size // rows[name] for name, size in stored.items())
+
+
+def bits_a_weight(bundle: Bundle) -> float:
+    """Of a projection's weight as it is stored, with its share of scales, offsets and padding."""
+    stored = _stored_bytes(onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph)
+    size = sum(size for name, size in stored.items() if name.startswith("layers."))  # named after their nodes
+    return 8 * size / sum(math.prod(shape) for shape in projection_shapes(bundle.config))
+
+
+def ideal_bits(weights: WeightFormat, config: ModelConfig) -> float:
+    """A code and the share of a float16 scale, and of a minimum if groups have one: for a group, or for a row."""
+    shapes = projection_shapes(config)
+    count = sum(rows * inputs for rows, inputs in shapes)
+    groups = count / weights.group_size if weights.group_size else sum(rows for rows, _ in shapes)
+    return weights.bits + 16 * (1 + weights.is_asymmetric) * groups / count
+
+
+def projection_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+    """[N, K] of every matrix that low-bit formats are for."""
+    return [shape for name, shape in expected_shapes(config) if name.endswith("_proj.weight")]
+
+
+def _stored_bytes(graph: onnx.GraphProto) -> dict[str, int]:
+    """Bytes in the weights file by name."""
+    return {
+        tensor.name: next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }

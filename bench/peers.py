@@ -26,23 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.checkpoints import prepare
-from build_engine.checkpoint import open_checkpoint
-from build_engine.export import ExportOptions, export_bundle
-from build_engine.formats import WeightFormat
-from build_engine.ternary import recover
+from bench.weight_bytes import INT4, TERNARY, prepare_bundle
+from bench.weight_bytes import print_table as print_weight_bytes
+from build_engine.export import ExportOptions
 from edge.bench.machine import describe_machine
 from edge.bench.models import MINICPM4_05B
+from edge.bundle import open_bundle
 
-INT4 = {
-    "edge int4 g64": WeightFormat("w4a16", 64, symmetric=True, head="int4"),
-    "edge int4 g128": WeightFormat("w4a16", 128, symmetric=True, head="int4"),
-    "edge int4 g32": WeightFormat("w4a16", 32, symmetric=True, head="int4"),
-    "edge int4 g32 asymmetric": WeightFormat("w4a16", 32, symmetric=False, head="int4"),
-}
-TERNARY = {
-    "edge ternary": WeightFormat("ternary", 0, head="int8"),
-    "edge ternary, int4 head": WeightFormat("ternary", 0, head="int4"),
-}
 OURS = {"int4": INT4, "ternary": TERNARY}
 PEER = {"int4": "Q4_0", "ternary": "TQ2_0, Q8_0 head"}
 
@@ -63,16 +53,6 @@ class Measured:
         """One more round."""
         for phase, value in values.items():
             getattr(self, phase).append(value)
-
-
-def prepare_bundle(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
-    """The checkpoint's bundle `out`, exported once."""
-    if out.exists():
-        return out
-    source = open_checkpoint(checkpoint)
-    if options.weights.kind == "ternary":
-        source = recover(source).checkpoint
-    return export_bundle(source, out, options)
 
 
 def measure_ours(
@@ -133,6 +113,7 @@ def main(
         output.write_text(json.dumps({"machine": asdict(describe_machine()), "tok_s": values}, indent=1))
     cpu = describe_machine().cpu_model
     print_table(f"MiniCPM4-0.5B shape, random weights, {cpu}, {threads} threads", results, llama)
+    print_weight_bytes({name: (OURS[weights][name], open_bundle(path)) for name, path in bundles.items()})
 
 
 def _slug(name: str) -> str:

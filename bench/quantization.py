@@ -1,6 +1,7 @@
 """What int4 costs in perplexity by the way it was rounded, and what an int8 head costs, on a real model and real prose.
 
     python -m bench.quantization                  # SmolLM2-135M-Instruct; half an hour on two cores
+    python -m bench.quantization --samples 8 --only "prefix scale, prose"       # how much text GPTQ needs
 
 Quantised checkpoints are made by the library behind `edge quantize`, exported with their exact values and run with
 float32 activations and KV cache, so that nothing but the weights differs. The text is the beginning of the King James
@@ -46,9 +47,9 @@ def with_int8_head(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def quantized(
-    checkpoint: Checkpoint, folder: Path, group: int, samples: int, length: int
+    checkpoint: Checkpoint, folder: Path, group: int, samples: int, length: int, only: str
 ) -> Iterator[tuple[str, Checkpoint]]:
-    """One checkpoint after another, each with the name of its row."""
+    """One checkpoint after another, each with the name of its row; those whose names hold `only`."""
     prose = english_text()
     prose = prose[2 * len(prose) // 3 :]
     texts = {"prose": prose, "shipped sample": SAMPLE.read_text(encoding="utf-8")}
@@ -66,6 +67,8 @@ def quantized(
         name = method if method != "pgptq" else f"pgptq, prefix {prefix}"
         if sequences is not None:
             name += f", {text}, {sequences.size} tokens"
+        if only not in name:
+            continue
         out = folder / str(number)
         quantize_checkpoint(checkpoint, out, options, sequences)
         yield name, open_checkpoint(out)
@@ -87,6 +90,7 @@ def main(
     group: Annotated[int, typer.Option(help="Weights that share a scale; SmolLM2's 576 inputs allow 32 and 64.")] = 64,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
+    only: Annotated[str, typer.Option(help="Which ways of rounding, by a part of their names.")] = "",
 ) -> None:
     """Print perplexity and its change against the exact weights, one way of rounding a line."""
     checkpoint = open_checkpoint(smollm2_gguf_path())
@@ -97,7 +101,7 @@ def main(
         head = measure(with_int8_head(checkpoint), folder, tokens, window)
         print(f"{f'exact, int8 head g{HEAD_GROUP}':46} {head:8.4f}  {head / exact - 1:+.3%}", flush=True)
         started = time.perf_counter()
-        for name, rounded in quantized(checkpoint, folder, group, samples, length):
+        for name, rounded in quantized(checkpoint, folder, group, samples, length, only):
             seconds = time.perf_counter() - started
             value = measure(rounded, folder, tokens, window)
             print(f"{name:46} {value:8.4f}  {value / exact - 1:+.1%}  {seconds:.0f} s", flush=True)

@@ -69,17 +69,19 @@ def export_bundle(
             "1024; choose another model"
         )
     place = Path(os.path.realpath(out))  # a link to a bundle stays one
-    _check_place(out, place, options.overwrite)
+    check_place(out, options.overwrite)
     with _disk_errors(out), _lock(place):
         _recover(place)
-        _check_place(out, place, options.overwrite)  # again, for what was recovered or finished meanwhile
+        check_place(out, options.overwrite)  # again, for what was recovered or finished meanwhile
         with _staging_folder(place) as staging:
             _write_files(checkpoint, staging, target, options, progress)
             _replace(staging, place)
     return out
 
 
-def _check_place(out: Path, place: Path, overwrite: bool) -> None:
+def check_place(out: Path, overwrite: bool) -> None:
+    """UsageError unless a bundle may be written as `out`."""
+    place = Path(os.path.realpath(out))
     if not place.parent.is_dir():
         raise UsageError(f"{place.parent} is no folder to write in; create it or choose another --out")
     if place.exists() and not overwrite:

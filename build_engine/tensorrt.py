@@ -177,7 +177,7 @@ def _refuse_without_memory(
     remedy = ""
     if not recipe.plugins and _has_kernels(bundle):
         remedy = ", build without --functions"
-    elif bundle.manifest.weights["kind"] == "exact":
+    elif bundle.manifest.weights["kind"] in ("exact", "fp16"):
         remedy = ", export with --weights w4a16"
     elif sizes.int4:
         remedy = ", export with --linear packed"

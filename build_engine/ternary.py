@@ -246,11 +246,14 @@ def requantize(
     """Ternary codes from the latent weights of ternary training, as its forward pass rounds them (spec: 1.1, 1.3).
 
     arithmetic: of mean, division and rounding (ties to even). bf16 is what the published models were trained with; in
-    fp32 weights on the threshold round otherwise. group: inputs that share a scale, None for a row. UsageError if a
-    projection is quantised already.
+    fp32 weights on the threshold round otherwise. group: inputs that share a scale, None or 0 for a row. UsageError if
+    a projection is quantised already.
     """
     if arithmetic not in ARITHMETICS:
         raise UsageError(f"unknown --requantize {arithmetic!r}; choose bf16 or fp32")
+    if group and group not in _GROUPS:
+        sizes = ", ".join(map(str, sorted(_GROUPS)))
+        raise UsageError(f"--requantize knows no groups of {group}; choose a --group-size of {sizes}, or 0 for a row")
     reports: dict[str, TernaryReport] = {}
     tensors, matrices, different = dict(checkpoint.tensors), projections(checkpoint), 0
     for done, tensor in enumerate(matrices, start=1):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.context import DecodeCase
 from bench.context_plot import context_svg
-from bench.decode_bytes import minimum_pool_bytes, weight_bytes
+from bench.decode_bytes import bits_a_weight, ideal_bits, minimum_pool_bytes, weight_bytes
 from bench.decode_worker import MODES, WARM_UP, decode, fill_pools, measure, next_token, pool_values
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
@@ -107,6 +107,16 @@ def test_weights_of_a_step_are_all_but_the_embedding(bundle: Bundle) -> None:
     matrices += c.num_hidden_layers * 3 * c.hidden_size * c.intermediate_size + c.vocab_size * c.hidden_size
     norms = 4 * c.hidden_size * (2 * c.num_hidden_layers + 1)
     assert weight_bytes(bundle) == matrices // 2 + 4 * matrices // 32 + norms + 2 * c.hidden_size
+
+
+def test_bits_of_a_weight_beside_the_ideal(bundle: Bundle) -> None:
+    """Groups of 32: a float32 scale is stored, a float16 one would do; a row's scale counts for all its inputs."""
+    assert bits_a_weight(bundle) == 4 + 32 / 32
+    assert ideal_bits(WeightFormat("w4a16", 32, symmetric=True), bundle.config) == 4 + 16 / 32
+    assert ideal_bits(WeightFormat("w4a16", 64, symmetric=True), bundle.config) == 4.25
+    assert ideal_bits(WeightFormat("w4a16", 32), bundle.config) == 4 + 32 / 32
+    square = replace(bundle.config, intermediate_size=bundle.config.hidden_size)
+    assert ideal_bits(WeightFormat("ternary", 0, symmetric=True), square) == 2 + 16 / square.hidden_size
 
 
 def test_every_case_is_measured_in_every_round(bundle: Bundle) -> None:

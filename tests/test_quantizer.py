@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from build_engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
-from build_engine.quantizer import forward, gptq, memory, run, write
+from build_engine.quantizer import calibrate, forward, gptq, memory, run, write
 from build_engine.quantizer.calibrate import SAMPLE, calibration_sequences
 from build_engine.quantizer.place import partial_path
 from build_engine.quantizer.run import QuantizeOptions, quantize_checkpoint
@@ -28,6 +28,7 @@ from edge.errors import EdgeError, UsageError
 from edge.plan import EngineOptions
 from plugins.rms_norm.meaning import rms_norm
 from tests.synthetic import tiny_config, tiny_llama_config, write_gguf_checkpoint, write_hf_checkpoint
+from tests.ternary_samples import write_ternary_checkpoint
 from tests.text import english_text
 
 OPTIONS = QuantizeOptions(group_size=32)
@@ -41,7 +42,7 @@ def activations(rng: np.random.Generator, tokens: int, inputs: int) -> np.ndarra
 
 def fitted(weight: np.ndarray, scales: np.ndarray, hessian: np.ndarray) -> gptq.Int4Matrix:
     order = gptq.input_order(hessian)
-    return gptq.gptq(weight, scales, gptq.inverse_factor(hessian, order, 0.01), order)
+    return gptq.gptq(weight, scales, gptq.inverse_factor("w", hessian, order, 0.01), order)
 
 
 def definition(weight: np.ndarray, scales: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
@@ -85,7 +86,7 @@ def test_the_factor_is_the_inverse_and_the_hessian_stays(seed: int, inputs: int,
     hessian = run.mean_outer_product([activations(np.random.default_rng(seed), inputs // 2, inputs)])
     before = hessian.copy()
     order = np.random.default_rng(seed).permutation(inputs)
-    factor = gptq.inverse_factor(hessian, order, damping).astype(np.float64)
+    factor = gptq.inverse_factor("w", hessian, order, damping).astype(np.float64)
     assert np.array_equal(hessian, before)
     assert np.array_equal(factor, np.triu(factor))
     damped = hessian + damping * np.mean(np.diag(hessian)) * np.eye(inputs)
@@ -118,8 +119,8 @@ def test_inputs_that_know_nothing_of_each_other_are_rounded(hessian: np.ndarray)
 
 
 def test_a_hessian_that_is_none_is_refused() -> None:
-    with pytest.raises(EdgeError, match="--damping"):
-        gptq.inverse_factor(-np.eye(4), np.arange(4), 0.01)
+    with pytest.raises(EdgeError, match=r"layer 3, down: .* --damping of 0\.01; raise it"):
+        gptq.inverse_factor("layer 3, down", -np.eye(4), np.arange(4), 0.01)
 
 
 def test_scales_are_positive_float16() -> None:
@@ -369,6 +370,11 @@ WRONG: dict[str, tuple[Callable[[Checkpoint, Path], Checkpoint], dict[str, Any],
         {},
         "k_proj.weight has 20 rows, but GPTQ files pack them by 8",
     ),
+    "ternary": (
+        lambda source, folder: open_checkpoint(write_ternary_checkpoint(folder / "checkpoint", tiny_config())),
+        {},
+        "checkpoint is ternary, and int4 would only make it larger; export it as it is",
+    ),
     "int4 already": (
         lambda source, folder: (
             quantize_checkpoint(source, folder / "int4", replace(OPTIONS, method="rtn"), None),
@@ -403,6 +409,55 @@ def test_checkpoints_that_cannot_be_int4_are_refused(name: str, source: Checkpoi
 def test_options_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         QuantizeOptions(**changes)
+
+
+def with_weight(source: Checkpoint, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Checkpoint:
+    """`source` with one tensor changed, in memory."""
+    values = change(forward.read_float32(source.tensors[name]))
+    changed = replace(source.tensors[name], dtype=values.dtype, read=values.__getitem__)
+    return replace(source, tensors={**source.tensors, name: changed})
+
+
+@pytest.mark.parametrize("method", ["gptq", "pgptq"])
+def test_inputs_that_are_all_zero_are_no_damage(
+    method: str, source: Checkpoint, sequences: np.ndarray, tmp_path: Path
+) -> None:
+    """A pruned up_proj: down reads nothing but zeros, and is rounded to the nearest."""
+    checkpoint = with_weight(source, "model.layers.1.mlp.up_proj.weight", np.zeros_like)
+    report = quantize_checkpoint(checkpoint, tmp_path / "out", replace(OPTIONS, method=method), sequences)
+    down = next(item for item in report.linears if (item.layer, item.linear) == (1, "mlp.down_proj"))
+    assert down.output_error == 0
+    assert down.weight_error == down.rtn_weight_error > 0
+    up = open_checkpoint(tmp_path / "out").tensors["model.layers.1.mlp.up_proj.weight"]
+    assert not up.read(slice(None)).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_activations_beyond_float32_are_one_sentence(source: Checkpoint, sequences: np.ndarray, tmp_path: Path) -> None:
+    """And no warnings of numpy beside it."""
+    checkpoint = with_weight(source, "model.layers.1.input_layernorm.weight", lambda values: values * np.float32(1e25))
+    with pytest.raises(EdgeError, match="layer 1: the calibration text drives activations beyond float32"):
+        quantize_checkpoint(checkpoint, tmp_path / "out", OPTIONS, sequences)
+
+
+def test_a_folder_in_the_way_is_nobody_elses_to_clear(source: Checkpoint, tmp_path: Path) -> None:
+    """`OUT.partial` that no run of ours left keeps its files, whatever the options."""
+    mine = partial_path(tmp_path / "out")
+    (mine / "letters").mkdir(parents=True)
+    (mine / "letter.txt").write_text("precious")
+    for choice in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=r"out\.partial, where .* holds something else; move it away"):
+            quantize_checkpoint(source, tmp_path / "out", replace(OPTIONS, method="rtn"), None, **choice)
+    assert (mine / "letter.txt").read_text() == "precious"
+    shutil.rmtree(mine)
+    mine.write_text("precious")
+    with pytest.raises(UsageError, match="holds something else"):
+        quantize_checkpoint(source, tmp_path / "out", replace(OPTIONS, method="rtn"), None)
+    mine.unlink()
+    mine.mkdir()
+    (mine / "state.json.tmp").write_text("{")  # of a run that was killed at once
+    quantize_checkpoint(source, tmp_path / "out", replace(OPTIONS, method="rtn"), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_weight_that_is_no_number_is_named(source: Checkpoint, sequences: np.ndarray, tmp_path: Path) -> None:
@@ -481,6 +536,25 @@ def test_sequences_cover_the_text_and_begin_like_prompts(source: Checkpoint) -> 
         calibration_sequences(source, "", samples=4, length=512)
     with pytest.raises(UsageError, match=r"has no tokenizer .* --method rtn"):
         calibration_sequences(replace(source, text=None), text, samples=4, length=512)
+
+
+def test_a_long_text_is_read_in_excerpts(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many sequences from all over it as of a text that is tokenised whole."""
+    text = "".join(f"word{i} " for i in range(40_000))
+    whole = calibration_sequences(source, text, samples=8, length=33)
+    monkeypatch.setattr(calibrate, "_WHOLE", 1000)
+    parts = calibrate._excerpts(text, 8, 528)
+    assert [len(part) for part in parts] == [528] * 8
+    starts = [text.index(part) for part in parts]
+    assert starts[0] == 0 and starts[-1] == len(text) - 528 and min(np.diff(starts)) > 10_000
+    assert calibration_sequences(source, text, samples=8, length=33).shape == whole.shape == (8, 33)
+
+
+def test_sequences_stay_within_the_models_positions(source: Checkpoint) -> None:
+    text, most = "the fox " * 2000, source.config.max_position_embeddings
+    assert calibration_sequences(source, text, samples=2, length=most).shape == (2, most)
+    with pytest.raises(UsageError, match=rf"--length {most + 1} is beyond the {most} positions"):
+        calibration_sequences(source, text, samples=2, length=most + 1)
 
 
 def test_a_text_shorter_than_what_is_skipped_is_refused(source: Checkpoint, tmp_path: Path) -> None:

@@ -260,11 +260,11 @@ def test_the_emulated_device_decodes_the_tokens_of_exact_weights(tmp_path: Path)
         assert "CUDA graph" in engine.describe()["decode"]
 
 
-@pytest.mark.parametrize("linear", ["packed", "native"])
-def test_tensorrt_builds_them(tmp_path: Path, linear: str) -> None:
+@pytest.mark.parametrize(("linear", "plugins"), [("packed", True), ("native", True), ("native", False)])
+def test_tensorrt_builds_them(tmp_path: Path, linear: str, plugins: bool) -> None:
     weights, _ = ternary_weights(MODEL)
     bundle = export(recover(checkpoint_of(MODEL, weights)).checkpoint, tmp_path / "out", "rtx", linear=linear)
-    report = build_engine(bundle.path, BuildOptions(max_context=256, chunk=32, batch=2))
+    report = build_engine(bundle.path, BuildOptions(max_context=256, chunk=32, batch=2, plugins=plugins))
     assert report.path.stat().st_size > 0 and not report.notes
     operators = Counter(node.op_type for node in onnx.load(bundle.file(GRAPH), load_external_data=False).graph.node)
     assert operators["PackedLinear" if linear == "packed" else "DequantizeLinear"] == 4

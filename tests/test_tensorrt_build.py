@@ -215,6 +215,16 @@ def test_a_build_that_cannot_fit_is_refused_before_it_starts(bundle: Path, monke
     assert listing(bundle) == before
 
 
+def test_float16_weights_are_told_of_int4_too(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = export_bundle(checkpoint, tmp_path / "bundle", ExportOptions("rtx", WeightFormat("fp16")))
+    monkeypatch.setattr(tensorrt_memory, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(tensorrt_memory, "available_swap", lambda: 0)
+    with pytest.raises(EdgeError, match="export with --weights w4a16"):
+        build_engine(path, OPTIONS, lambda *message: pytest.fail("started"))
+
+
 def test_the_memory_that_a_refusal_asks_for_is_enough(bundle: Path) -> None:
     run = edge("build", bundle, "--max-context", "256", "--memory", "1MiB")
     asked = re.search(rb"give --memory (\d+MiB)", run.stderr)

@@ -299,6 +299,16 @@ def test_groups_can_be_requantised_too() -> None:
     np.testing.assert_allclose(scales.reshape(-1, 1), expected[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("group", [-1, 16, 48])
+def test_groups_that_no_operator_has_are_refused_before_the_work(group: int) -> None:
+    config = tiny_config(hidden_size=64, head_dim=16)
+    checkpoint = checkpoint_of(config, random_weights(config))
+    with pytest.raises(
+        UsageError, match=rf"knows no groups of {group}; choose a --group-size of 32, 64, 128, 256, or 0"
+    ):
+        requantize(checkpoint, "bf16", group)
+
+
 def test_what_cannot_be_requantised_says_why() -> None:
     _, checkpoint = latent_checkpoint()
     with pytest.raises(UsageError, match=r"unknown --requantize 'int8'; choose bf16 or fp32"):

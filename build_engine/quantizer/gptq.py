@@ -60,11 +60,11 @@ def input_order(hessian: np.ndarray) -> np.ndarray:
     return np.argsort(-hessian.diagonal(), kind="stable")
 
 
-def inverse_factor(hessian: np.ndarray, order: np.ndarray, damping: float) -> np.ndarray:
+def inverse_factor(name: str, hessian: np.ndarray, order: np.ndarray, damping: float) -> np.ndarray:
     """Upper triangular U [K, K] float32 with U^T U = (H + damping mean(diag H) I)^-1, rows and columns in `order`.
 
     With everything reversed, H = L L^T gives the triangle that is needed, U = reversed L^-1, without ever inverting H
-    (symmetric, float64). EdgeError if H is not positive definite.
+    (symmetric, float64). EdgeError with the `name` if H is not positive definite.
     """
     mean = float(hessian.diagonal().mean())
     damped = hessian[np.ix_(order[::-1], order[::-1])]
@@ -72,7 +72,10 @@ def inverse_factor(hessian: np.ndarray, order: np.ndarray, damping: float) -> np
     try:
         lower = np.linalg.cholesky(damped)
     except np.linalg.LinAlgError:
-        raise EdgeError("the Hessian of the calibration text is not positive definite; raise --damping") from None
+        raise EdgeError(
+            f"{name}: the Hessian of the calibration text is not positive definite with a --damping of {damping:g}; "
+            "raise it to 0.01 or more"
+        ) from None
     del damped
     _invert_lower(lower)
     return np.ascontiguousarray(lower[::-1, ::-1], np.float32)

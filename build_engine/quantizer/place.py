@@ -64,18 +64,27 @@ def check_place(out: Path, overwrite: bool) -> None:
 def open_partial(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Partial]:
     """The run to work on, alone: a fresh one, or with `resume` the one that was left, if it has the same settings.
 
-    UsageError if another run holds it, if one was left and neither `resume` nor `overwrite` says what to do with it, or
-    if it was made with other settings.
+    EdgeError if another run holds it. UsageError if one was left and neither `resume` nor `overwrite` says what to do
+    with it, if it was made with other settings, or if the folder is somebody else's.
     """
     folder = partial_path(out)
-    left = (folder / STATE).is_file()
-    folder.mkdir(exist_ok=True)
+    taken = UsageError(
+        f"{folder}, where an unfinished {out.name} would grow, holds something else; move it away or choose another "
+        "--out"
+    )
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise taken from None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EdgeError(f"another run is writing {folder}; wait for it or choose another --out") from None
+        left = (folder / STATE).is_file()
+        if not left and any(path.name != f"{STATE}.tmp" for path in folder.iterdir()):
+            raise taken
         if left and not (resume or overwrite):
             raise UsageError(
                 f"{folder} holds an interrupted run; add --resume to finish it or --overwrite to start anew"

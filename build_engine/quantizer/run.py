@@ -18,6 +18,7 @@ from build_engine.quantizer.forward import STAGES, Layer, embed, layer_tensors, 
 from build_engine.quantizer.gptq import Int4Matrix
 from build_engine.quantizer.memory import hidden_states, require_memory
 from build_engine.quantizer.report import LinearReport, QuantizationReport
+from build_engine.ternary import is_ternary
 from edge.bundle import hash_file
 from edge.errors import EdgeError, UsageError
 from edge.machine import available_memory
@@ -78,6 +79,11 @@ def quantize_checkpoint(
     interrupted and resumed is, byte for byte, what one sitting gives. EdgeError, UsageError: see the parts.
     """
     place.check_place(out, overwrite)
+    if is_ternary(checkpoint):
+        raise UsageError(
+            f"{checkpoint.path} is ternary, and int4 would only make it larger; export it as it is, which keeps its "
+            "codes"
+        )
     write.require_packable(checkpoint, options.group_size)
     if sequences is not None and sequences.shape[1] <= options.skipped:
         raise UsageError(
@@ -179,7 +185,8 @@ class _Calibration:
             "gate_up": layer.mlp_input,
             "down": layer.gated,
         }
-        hessian = mean_outer_product(self._counted(read[stage](hidden)) for hidden in self.states)
+        with np.errstate(over="ignore", invalid="ignore"):  # found and named below
+            hessian = mean_outer_product(self._counted(read[stage](hidden)) for hidden in self.states)
         if not np.isfinite(hessian.diagonal()).all():
             raise EdgeError(
                 f"layer {index}: the calibration text drives activations beyond float32; the weights are damaged"
@@ -193,7 +200,8 @@ class _Calibration:
             return others
         sizes = np.sqrt(np.mean(first * first, axis=1, keepdims=True))
         largest = np.sqrt(np.mean(others * others))
-        return np.concatenate([first * (largest / np.maximum(sizes, largest)), others])
+        shrinks = sizes > largest  # where all inputs are 0, nothing does
+        return np.concatenate([first * np.divide(largest, sizes, out=np.ones_like(sizes), where=shrinks), others])
 
     def after(self, layer: Layer, stage: str) -> None:
         """Move on past a stage that is quantised, if it ends at the residual stream."""
@@ -228,7 +236,7 @@ def _quantize_stage(
     fit: Callable[[np.ndarray, np.ndarray], Int4Matrix] = gptq.round_to_nearest
     if hessian is not None:
         order = gptq.input_order(hessian)
-        factor = gptq.inverse_factor(hessian, order, options.damping)
+        factor = gptq.inverse_factor(f"layer {index}, {stage}", hessian, order, options.damping)
         fit = partial(gptq.gptq, factor=factor, order=order)
     results = {}
     for name in STAGES[stage]:

@@ -114,11 +114,12 @@ def export(
 
       edge export MiniCPM4-0.5B --out bundle-rtx --target rtx --linear packed
     """
-    from build_engine.export import ExportOptions, export_bundle
+    from build_engine.export import ExportOptions, check_place, export_bundle
     from build_engine.formats import choose_format
     from build_engine.long_context import LongContext
 
     long_context = LongContext(attention or "model", parse_sparse(sparse), rope or "model")
+    check_place(out, overwrite)  # before minutes of reading
     source, ternary = _open(checkpoint), None
     if (kind := weights or _best_kind(source, requantize)) == "ternary":
         ternary = _find_codes(source, requantize, group_size, quiet=json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from build_engine.quantizer.report import LinearReport, QuantizationReport
 
 _SKIP_TOKENS = 4
+_SAMPLES, _LENGTH = 128, 512
+_DAMPING = 0.01
 # GPTQ fitted to fewer follows the text more than the language.
 _TOKENS_AN_INPUT = 8
 
@@ -36,8 +38,10 @@ GroupSize = Annotated[
 Calibration = Annotated[
     Path | None, typer.Option(help="UTF-8 text as your users write and read it. Default: a small mixed sample.")
 ]
-Samples = Annotated[int, typer.Option(min=1, max=2**16, help="Most sequences to take from the text.")]
-Length = Annotated[int, typer.Option(min=2, max=2**20, help="Tokens of a sequence.")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, max=2**16, help=f"Most sequences to take from the text. Default: {_SAMPLES}.")
+]
+Length = Annotated[int | None, typer.Option(min=2, max=2**20, help=f"Tokens of a sequence. Default: {_LENGTH}.")]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Limit, as 8GiB or 900MB. Default: 90 % of what is free.")
 ]
@@ -50,7 +54,10 @@ Prefix = Annotated[
         metavar="scale|omit", help="Bring them down to the size of other tokens (default), or leave them out."
     ),
 ]
-Damping = Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal that is added to it.")]
+Damping = Annotated[
+    float | None,
+    typer.Option(help=f"Share of the Hessian's mean diagonal that is added to it. Default: {_DAMPING}."),
+]
 Resume = Annotated[bool, typer.Option(help="Go on with an interrupted run, if there is one.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier result, and drop an interrupted run.")]
 
@@ -61,12 +68,12 @@ def quantize(
     method: Method = "pgptq",
     group_size: GroupSize = None,
     calibration: Calibration = None,
-    samples: Samples = 128,
-    length: Length = 512,
+    samples: Samples = None,
+    length: Length = None,
     memory: Memory = None,
     skip_tokens: SkipTokens = None,
     prefix: Prefix = None,
-    damping: Damping = 0.01,
+    damping: Damping = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: opt.Json = False,
@@ -85,17 +92,19 @@ def quantize(
       edge quantize model.gguf --out model-rtn --method rtn --group-size 64
     """
     from build_engine.checkpoint import open_checkpoint
-    from build_engine.quantizer.place import partial_path
+    from build_engine.quantizer.place import check_place, partial_path
     from build_engine.quantizer.run import QuantizeOptions, quantize_checkpoint
 
-    for name, given in {"--skip-tokens": skip_tokens, "--prefix": prefix}.items():
-        if given is not None and method != "pgptq":
-            raise UsageError(f"{name} belongs to --method pgptq, not to {method}; leave it out")
+    fitting = {"--calibration": calibration, "--samples": samples, "--length": length, "--damping": damping}
+    _refuse_ignored(method, fitting, {"--skip-tokens": skip_tokens, "--prefix": prefix})
     source = open_checkpoint(checkpoint)
+    group = _group_size(source) if group_size is None else group_size
     skipped = _SKIP_TOKENS if skip_tokens is None else skip_tokens
-    options = QuantizeOptions(method, group_size or _group_size(source), skipped, prefix or "scale", damping)
+    options = QuantizeOptions(method, group, skipped, prefix or "scale", _DAMPING if damping is None else damping)
     limit = None if memory is None else opt.parse_size(memory)
-    sequences = _sequences(source, method, calibration, samples, length)
+    check_place(out, overwrite)  # before the text is read
+    length = length or min(_LENGTH, source.config.max_position_embeddings)
+    sequences = None if method == "rtn" else _sequences(source, calibration, samples or _SAMPLES, length)
     try:
         with progress_bar("quantising", quiet=json) as progress:
             report = quantize_checkpoint(
@@ -115,14 +124,20 @@ def _group_size(checkpoint: Checkpoint) -> int:
     return next((size for size in (128, 64) if not any(width % size for width in inputs)), 32)
 
 
-def _sequences(checkpoint: Checkpoint, method: str, file: Path | None, samples: int, length: int) -> np.ndarray | None:
-    """Calibration sequences from --calibration or the sample; None for rtn, which reads none."""
+def _refuse_ignored(method: str, of_fitting: Mapping[str, object], of_pgptq: Mapping[str, object]) -> None:
+    """UsageError names an option that the method does not read."""
+    for name, given in of_fitting.items():
+        if given is not None and method == "rtn":
+            raise UsageError(f"--method rtn reads no calibration text; choose gptq or pgptq, or drop {name}")
+    for name, given in of_pgptq.items():
+        if given is not None and method != "pgptq":
+            raise UsageError(f"{name} belongs to --method pgptq, not to {method}; leave it out")
+
+
+def _sequences(checkpoint: Checkpoint, file: Path | None, samples: int, length: int) -> np.ndarray:
+    """Calibration sequences from --calibration or the sample."""
     from build_engine.quantizer.calibrate import SAMPLE, calibration_sequences
 
-    if method == "rtn":
-        if file is not None:
-            raise UsageError("--method rtn reads no calibration text; choose gptq or pgptq, or drop --calibration")
-        return None
     sequences = calibration_sequences(checkpoint, read_text(file or SAMPLE), samples, length)
     tokens = sequences.size
     widest = max(checkpoint.config.intermediate_size, checkpoint.config.hidden_size)
