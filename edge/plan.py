@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from edge.bundle import WEIGHTS, Bundle
 from edge.config import SparseConfig
@@ -25,6 +26,7 @@ class EngineOptions:
     """What a user may decide about a run. context in tokens, memory in bytes; None lets the plan choose.
 
     attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
+    offload: where KV pages go that do not fit; on a device they go to host memory, whatever it says.
     """
 
     context: int | None = None
@@ -33,11 +35,16 @@ class EngineOptions:
     chunk: int = 512  # prompt tokens a step
     attention: str = "model"
     sparse: Mapping[str, int] = field(default_factory=dict)
+    offload: Path | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, the context they buy, and the sparse attention in force (None: the model has none)."""
+    """Bytes by purpose, the context they buy, and the sparse attention in force (None: the model has none).
+
+    resident_pages: if pages are offloaded, how many of num_pages are in memory at once; 0 if none is. host: bytes of
+    host memory for them.
+    """
 
     max_context: int
     num_pages: int
@@ -46,6 +53,8 @@ class Plan:
     activations: int
     process: int = PROCESS_BYTES
     sparse: SparseConfig | None = None
+    resident_pages: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:

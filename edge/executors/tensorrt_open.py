@@ -12,6 +12,7 @@ from edge.executors.tensorrt import Sizes, TensorRTExecutor, pool_bytes
 from edge.executors.tensorrt_engine import load_engine
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
+from edge.offload_plan import fit_offload
 from edge.plan import EngineOptions, Plan, fit_plan, resolve_sparse
 from edge.tensorrt import Flavour, load_flavour
 from plugins import PAGE_TOKENS
@@ -50,20 +51,19 @@ def open_executor(
             f"--context {options.context} exceeds the {longest} tokens that {file.path.name} was built for; ask for "
             f"less, or run: edge build --max-context {options.context}"
         )
+    if options.offload is not None:
+        _refuse_offload(device)
+        sizes = replace(sizes, slots=0)
     free = _free_memory(device)
     kernels = Kernels(bundle.kernels(device.architecture), device)
     engine = load_engine(file, flavour, PluginHost(kernels))
-    plan = fit_plan(
-        bundle,
-        options,
-        weights=file.measured.bytes,
-        activations=pool_bytes(bundle, engine, sizes),
-        process=0,
-        free=free,
-        limit=limit,
-    )
+    needs = {"weights": file.measured.bytes, "activations": pool_bytes(bundle, engine, sizes), "free": free}
+    if options.offload is None:
+        plan = fit_plan(bundle, options, **needs, process=0, limit=limit)
+    else:
+        plan = fit_offload(bundle, options, **needs, host_free=available_memory(), limit=limit)
     width = pages_for(plan.max_context)
-    sizes = replace(sizes, pages=plan.num_pages, table_width=width)
+    sizes = replace(sizes, pages=plan.num_pages, table_width=width, slots=plan.resident_pages or None)
     return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences
 
 
@@ -73,6 +73,14 @@ def _refuse_other_attention(bundle: Bundle, options: EngineOptions) -> None:
         raise UsageError(
             f"{bundle.path} is an engine of fixed attention settings; leave out --attention and --sparse, or export "
             "the checkpoint with the ones you want"
+        )
+
+
+def _refuse_offload(device: Device) -> None:
+    if device.is_integrated:
+        raise UsageError(
+            f"{device.name} shares its memory with the host, so that pages offloaded to it would free nothing; leave "
+            "out --offload"
         )
 
 
