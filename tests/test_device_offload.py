@@ -40,7 +40,7 @@ SPARSE = SparseConfig(init_blocks=1, window_size=0, topk=3, dense_len=128)
 SLOTS, PAGES = 6, 12
 BUILD = BuildOptions(max_context=64 * PAGES, chunk=64, batch=2)
 OPTIONS = EngineOptions(context=64 * PAGES, chunk=64)
-PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=18, ignore_eos=True)
+PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=10, ignore_eos=True)
 LENGTH = 450
 
 
@@ -121,7 +121,7 @@ def expected(bundle: Bundle) -> Outcome:
         engine = open_on_device(bundle, OPTIONS, build=BUILD)
         outcome = run(engine)
         assert executor_of(engine).offload is None and "CUDA graph" in engine.describe()["decode"]
-    assert len(set(outcome.tokens)) > 10 and np.nanmax(np.abs(outcome.windows[-1])) > 0.2
+    assert len(set(outcome.tokens)) > 6 and np.nanmax(np.abs(outcome.windows[-1])) > 0.2
     return outcome
 
 
@@ -231,7 +231,7 @@ def decode_batch(engine: Engine, lengths: list[int], bursts: int) -> np.ndarray:
     return np.concatenate(tokens)
 
 
-@pytest.mark.parametrize("lengths", [[300, 330], [100, 380]], ids=["sparse", "dense beside sparse"])
+@pytest.mark.parametrize("lengths", [[300, 330], [100, 320]], ids=["sparse", "dense beside sparse"])
 def test_sequences_of_a_batch_take_turns_in_the_slots(
     bundle: Bundle, driver: EmulatedDriver, lengths: list[int]
 ) -> None:
@@ -240,6 +240,9 @@ def test_sequences_of_a_batch_take_turns_in_the_slots(
     assert np.array_equal(decode_batch(tight, lengths, 2), decode_batch(roomy, lengths, 2))
     counts = offload_of(tight).counts.pages
     assert counts.prefetched >= counts.useful > 0
+    # Beside what a token may need there is room for one sequence's initial page and the one it writes to.
+    pages = tight.cache.pages(1)
+    assert set(np.flatnonzero(offload_of(tight)._pinned)) == {pages[0], pages[(lengths[0] + 7) // 64]}
 
 
 @pytest.mark.parametrize("guesses", [True, False])
@@ -288,9 +291,10 @@ def test_all_of_the_memory_is_in_the_plan(bundle: Bundle, driver: EmulatedDriver
     assert plan.kv == SLOTS * layers * size + PAGES * layers * (2 * 4 + 2) * 64 * 2
     assert plan.total <= limit
     assert plan.host < driver.counts().pinned_bytes - before < plan.host + (1 << 20)
-    reply = run(engine).tokens
+    few = replace(PARAMS, max_tokens=2)
+    run(engine, few)
     after = driver.counts()
-    assert run(engine).tokens == reply
+    run(engine, few)
     again = driver.counts()
     assert (again.allocations, again.pinned_bytes, again.events) == (
         after.allocations,

@@ -115,9 +115,9 @@ class DeviceOffload:
         """The step that will be queued next; arrays as in StepBatch."""
         sequence = np.repeat(np.arange(len(page_table)), np.diff(query_start))
         self._step = _Step(sequence, positions.copy(), query_start.copy(), page_table.copy())
-        always = self._always_needed()
+        always = frozenset(self._always_needed())
         self._pinned[:] = False
-        self._pinned[always] = True
+        self._pinned[list(always)] = True
         for layer in self._layers:
             layer.cache.pin(always)
         self._prefetch(self._layers[0])

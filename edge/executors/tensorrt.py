@@ -2,7 +2,8 @@
 
 Everything lives in one pool: KV pages, inputs, logits, and the working memory that both execution contexts share. A
 decode step is captured with all of it: embedding, layers, head, the draw, and feeding the token back. A graph of
-`burst` steps is one call; the host reads their tokens after it and does nothing for a token in between.
+`burst` steps is one call; the host reads their tokens after it and does nothing for a token in between. With KV pages
+on the host (offload.py) nothing is captured: every layer asks the host for the pages that it chose.
 """
 
 from __future__ import annotations
