@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import plugins
 from edge.config import LongRope, ModelConfig
-from edge.kv_cache import pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
 from plugins.rope.meaning import rope_tables
 
 INT32 = TensorProto.INT32
@@ -130,8 +130,11 @@ def graph_outputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfo
 
 
 def _pools(config: ModelConfig, types: GraphTypes, suffix: str = "") -> list[onnx.ValueInfoProto]:
+    # TensorRT takes extents of one name to be equal, and keys and values may have fewer pages: offloaded ones.
     return [
-        helper.make_tensor_value_info(f"{name}{suffix}.{layer}", types.kv, ["pages", *shape])
+        helper.make_tensor_value_info(
+            f"{name}{suffix}.{layer}", types.kv, ["pages" if name in COMPRESSED_POOLS else "slots", *shape]
+        )
         for layer in range(config.num_hidden_layers)
         for name, shape in pool_shapes(config).items()
     ]

@@ -131,6 +131,11 @@ class DeviceArray:
         """Its first `count` rows."""
         return DeviceArray(self.address, (count, *self.shape[1:]), self.dtype, self)
 
+    def row(self, index: int) -> DeviceArray:
+        """One of its rows."""
+        shape = self.shape[1:]
+        return DeviceArray(self.address + index * math.prod(shape) * self.dtype.itemsize, shape, self.dtype, self)
+
 
 def device_array(source: Any) -> DeviceArray:
     """Memory of another library (`__cuda_array_interface__`, or pycuda's GPUArray), without a copy."""
@@ -193,7 +198,14 @@ def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Page-locked host memory, zeroed: copies from and to it are asynchronous."""
     dtype = np.dtype(dtype)
     size = max(math.prod(shape) * dtype.itemsize, 1)
-    address = int(_call("cuMemHostAlloc", size, 0))
+    try:
+        address = int(_call("cuMemHostAlloc", size, 0))
+    except CudaError as error:
+        raise CudaError(
+            f"{size / 2**20:.0f} MiB of page-locked host memory cannot be had ({error.code}); ask for a smaller "
+            "--context, or close other programs",
+            error.code,
+        ) from None
     memory = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(memory, _driver().cuMemFreeHost, address)
     array = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
@@ -268,9 +280,9 @@ class Stream:
         """Fill with zero bytes."""
         _call("cuMemsetD8Async", target.address, 0, target.nbytes, self.handle)
 
-    def record(self) -> Event:
-        """An event after all that is queued now."""
-        event = Event()
+    def record(self, event: Event | None = None) -> Event:
+        """An event after all that is queued now: a new one, or one that stood for something earlier."""
+        event = event or Event()
         _call("cuEventRecord", event.handle, self.handle)
         return event
 

@@ -14,8 +14,9 @@ from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
 from edge.executor import DecodingExecutor, Executor
 from edge.kv_cache import KVCache
+from edge.memory.fit import make_plan
 from edge.memory.ledger import headroom
-from edge.plan import ALWAYS_DENSE, EngineOptions, Plan, make_plan
+from edge.plan import ALWAYS_DENSE, EngineOptions, Plan
 from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence

@@ -6,6 +6,7 @@ from edge.config import ModelConfig
 from edge.errors import EdgeError
 from plugins import PAGE_TOKENS
 
+COMPRESSED_POOLS = ("c1_pool", "c2_pool")  # read for every token: their pages are never offloaded
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a value, by the types that a cache may have
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -108,18 +108,41 @@ class Launcher(Protocol):
         ...
 
 
+class PageOffload(Protocol):
+    """KV pages of which only some are on the device (edge/executors/offload.py); a layer is known by its pool.
+
+    A step's tokens are cut into runs whose pages have room together. `writing` and `reading` yield run after run: its
+    pages are there for the kernels that the caller queues on `stream` before it asks for the next one.
+
+    slot_table [B, P], run_start [B + 1]: addresses of the run's page table, which has slots of the pool in the place
+    of pages, and of where the sequences' tokens begin among the run's.
+    """
+
+    slot_table: int
+    run_start: int
+
+    def writing(self, pool: int, stream: int) -> Iterator[range]:
+        """The pages that the new tokens go to, and those whose keys are averaged with theirs."""
+        ...
+
+    def reading(self, pool: int, blocks: int, counts: int, limit: int, stream: int) -> Iterator[range]:
+        """The pages of `blocks` [T, Hkv, limit]; `counts` [T, Hkv] are chosen, 0 of dense tokens, which see all."""
+        ...
+
+
 @dataclass
 class PluginHost:
     """What all plugins of a process share.
 
     launcher: None where engines are built without a GPU; building: the caller is TensorRT's builder, which times
     plugins on inputs that hold anything; errors: what plugins could not do, in sentences, because TensorRT prints their
-    exceptions and says no more than that something failed.
+    exceptions and says no more than that something failed; offload: None if all KV pages are on the device.
     """
 
     launcher: Launcher | None = None
     building: bool = False
     errors: list[str] = field(default_factory=list)
+    offload: PageOffload | None = None
 
 
 @dataclass(frozen=True)
@@ -150,11 +173,38 @@ class Prepared:
 def prepare(operator: Operator, inputs: tuple[Tensor, ...], multiprocessors: int, tactic: int) -> Prepared:
     """Once for all layers of a model and for all steps of one shape; `inputs` in the operator's order."""
     tensors = dict(zip(operator.INPUTS, inputs, strict=True))
-    packed = []
-    for launch in operator.launches(tensors, multiprocessors, tactic):
-        pointers = tuple(launch.pointers())
-        packed.append(PackedLaunch(launch, launch.pack({name: 0 for _, name in pointers}), pointers))
-    return Prepared(tuple(packed), place(operator.scratch(tensors, multiprocessors))[0])
+    packed = tuple(map(pack_launch, operator.launches(tensors, multiprocessors, tactic)))
+    return Prepared(packed, place(operator.scratch(tensors, multiprocessors))[0])
+
+
+def pack_launch(launch: Launch) -> PackedLaunch:
+    """The launch with all of its struct but the addresses."""
+    pointers = tuple(launch.pointers())
+    return PackedLaunch(launch, launch.pack({name: 0 for _, name in pointers}), pointers)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator that queues its launches by itself; stream: its address."""
+
+    tensors: Mapping[str, Tensor]
+    addresses: Mapping[str, int]  # of inputs, outputs and scratch
+    launcher: Launcher
+    stream: int
+
+    def queue(self, launches: Sequence[PackedLaunch], addresses: Mapping[str, int]) -> None:
+        """Launch one after the other; `addresses` are those that differ from the call's."""
+        for one in launches:
+            self.launcher.launch(one.launch, one.fill({**self.addresses, **addresses}), self.stream)
+
+
+@runtime_checkable
+class OffloadingOperator(Protocol):
+    """An operator that can do with some of its pages at a time."""
+
+    def run_offloaded(self, call: Call, offload: PageOffload) -> None:
+        """Queue what `launches` would, run by run."""
+        ...
 
 
 def place(buffers: Buffers) -> tuple[dict[str, int], int]:

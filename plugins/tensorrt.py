@@ -21,6 +21,8 @@ from plugins.linear.trt import PackedHead, PackedLinear
 from plugins.paged_attention.trt import PagedAttention
 from plugins.plugin import (
     MOST_MULTIPROCESSORS,
+    Call,
+    OffloadingOperator,
     Operator,
     PluginHost,
     Tensor,
@@ -218,6 +220,9 @@ class _Plugin:
             tensors = self._tensors(input_desc, [tuple(d.dims) for d in input_desc])
             prepared = prepare(operator, tuple(tensors.values()), launcher.multiprocessors, self.tactic)
             addresses |= {name: workspace + offset for name, offset in prepared.offsets.items()}
+            if self.host.offload is not None and isinstance(operator, OffloadingOperator):
+                operator.run_offloaded(Call(tensors, addresses, launcher, stream), self.host.offload)
+                return
             for one in prepared.launches:
                 launcher.launch(one.launch, one.fill(addresses), stream)
 

@@ -38,11 +38,11 @@ def kernels_of(config: ModelConfig) -> list[Kernel]:
     return kernels_for(config, "half", "half", (4, 64), (8, 64))
 
 
-def engine_file(bundle: Bundle) -> EngineFile:
+def engine_file(bundle: Bundle, build: BuildOptions = BUILD) -> EngineFile:
     """The stand-in's engine."""
     path = bundle.path / "engines" / "stand-in.engine"
     path.parent.mkdir(exist_ok=True)
-    profiles = build_profiles(bundle.config, BUILD)
+    profiles = build_profiles(bundle.config, build)
     write_engine(bundle.file(GRAPH), profiles, path)
     recipe = Recipe(bundle.manifest.key, bundle.manifest.target, NAME, "any", (), "", plugin_hash(), profiles)
     return EngineFile(path, recipe, Measured("", path.stat().st_size, 0, 0, 0))
@@ -59,8 +59,10 @@ def publish_engine(bundle: Bundle, architecture: str) -> Path:
     return path
 
 
-def open_on_device(bundle: Bundle, options: EngineOptions = OPTIONS, api: Any = None) -> Engine:
+def open_on_device(
+    bundle: Bundle, options: EngineOptions = OPTIONS, api: Any = None, build: BuildOptions = BUILD
+) -> Engine:
     """The engine over the device that is current."""
     flavour = Flavour(NAME, api or Api())
-    executor, plan, chunk = open_executor(bundle, options, open_device(), flavour, engine_file(bundle))
+    executor, plan, chunk = open_executor(bundle, options, open_device(), flavour, engine_file(bundle, build))
     return Engine(bundle, executor, plan, chunk)

@@ -258,6 +258,20 @@ def test_steps(name: str, route: str) -> None:
         assert all(other[name].tobytes() == array.tobytes() for name, array in results[0].items())
 
 
+@pytest.mark.parametrize("name", ["decode", "prefill 8", "prefill 3"])
+def test_keys_may_lie_on_other_pages_than_their_windows(name: str) -> None:
+    """As those of offloaded pages do: in slots, of which there are fewer."""
+    step, before = STEPS[name], make_buffers(STEPS[name])
+    table, moved = before["page_table"], {name: array.copy() for name, array in before.items()}
+    used = np.random.default_rng(1).permutation(np.unique(table[table != NO_PAGE]))
+    moved["kv_pool"] = before["kv_pool"][used]
+    slots = np.full(len(before["kv_pool"]), NO_PAGE, np.int32)
+    slots[used] = np.arange(len(used))
+    moved["slot_table"] = np.where(table == NO_PAGE, NO_PAGE, slots[np.minimum(table, len(slots) - 1)])
+    run_route("race", [compress(step.shape, "slot_table")], moved)
+    check_windows(step, before, moved)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_golden_rows(route: str) -> None:
     """Rows of spec: infllmv2.md 8.1, each a sequence of its own on one prompt's pages; heads are widened with zeros."""

@@ -123,11 +123,11 @@ def test_whether_weights_and_cache_fit(
 
 def test_a_context_that_fits_in_part_is_named(for_target: Callable[..., Path], tmp_path: Path) -> None:
     from edge.bundle import WEIGHTS
-    from edge.plan import kv_page_bytes
+    from edge.memory.ledger import page_bytes
 
     path, recorded = for_target("jetson"), nano_jetpack_6()
     bundle = open_bundle(path, verify=False)
-    free = bundle.manifest.files[WEIGHTS].bytes + 3 * kv_page_bytes(bundle)
+    free = bundle.manifest.files[WEIGHTS].bytes + 3 * sum(page_bytes(bundle.config, bundle.manifest.types["kv"]))
     recorded.answers["gpu"] = {**ORIN_GPU, "free_memory": free}
     finding = by_name(diagnose(recorded.machine(tmp_path), path))["model in memory"]
     assert (finding.status, finding.remedy.split(",")[0]) == ("warning", f"--context {3 * 64}")

@@ -17,8 +17,9 @@ from edge.cli.options import parse_size
 from edge.config import ModelConfig
 from edge.engine import open_engine
 from edge.errors import EdgeError
+from edge.memory.fit import make_plan
 from edge.memory.ledger import page_bytes
-from edge.plan import EngineOptions, make_plan
+from edge.plan import EngineOptions
 from plugins import PAGE_TOKENS
 
 MIB = 1 << 20

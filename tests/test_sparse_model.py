@@ -18,7 +18,9 @@ from edge.bundle import open_bundle
 from edge.config import LongRope, SparseConfig
 from edge.engine import Engine, open_engine
 from edge.errors import UsageError
-from edge.plan import ALWAYS_DENSE, EngineOptions, kv_page_bytes, make_plan
+from edge.memory.fit import make_plan
+from edge.memory.ledger import page_bytes
+from edge.plan import ALWAYS_DENSE, EngineOptions
 from edge.sampler import SamplingParams
 from edge.scheduler import Sequence
 from tests.reference import granite, read_safetensors, reference_logits
@@ -171,7 +173,9 @@ def test_a_second_turn_keeps_what_it_would_compute_alike(
 def test_the_plan_counts_compressed_keys(model: Model) -> None:
     bundle = open_bundle(model.bundle)
     c = bundle.config
-    assert kv_page_bytes(bundle) == c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * (2 * 64 + 4 + 1)
+    assert sum(page_bytes(c, "float32")) == c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * (
+        2 * 64 + 4 + 1
+    )
 
 
 @pytest.mark.parametrize(

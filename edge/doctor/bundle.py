@@ -13,8 +13,9 @@ from edge.doctor.machine import free_space
 from edge.doctor.software import TENSORRT, tensorrt_versions
 from edge.errors import EdgeError, UsageError
 from edge.kv_cache import pages_for
+from edge.memory.fit import make_plan
 from edge.memory.ledger import page_bytes
-from edge.plan import EngineOptions, make_plan, subject_of
+from edge.plan import EngineOptions, subject_of
 from plugins import PAGE_TOKENS
 from plugins.build.embed import TARGETS, module_file
 

@@ -2,7 +2,8 @@
 
 Everything lives in one pool: KV pages, inputs, logits, and the working memory that both execution contexts share. A
 decode step is captured with all of it: embedding, layers, head, the draw, and feeding the token back. A graph of
-`burst` steps is one call; the host reads their tokens after it and does nothing for a token in between.
+`burst` steps is one call; the host reads their tokens after it and does nothing for a token in between. With KV pages
+on the host (offload.py) nothing is captured: every layer asks the host for the pages that it chose.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge.bundle import Bundle
+from edge.config import ModelConfig
 from edge.cuda import DeviceArray, Graph, Kernels, Pool, Stream, pinned
 from edge.errors import EdgeError
 from edge.executor import DrawParams, StepBatch, StepResult
+from edge.executors.offload import DeviceOffload, OffloadSizes, table_values
 from edge.executors.staging import Layout, Staging, layout_bytes
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
-from edge.kv_cache import pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
+from edge.memory.attended import token_pages
+from plugins import PAGE_TOKENS
 from plugins.launch import Launch
 from plugins.sampling.launch import advance, sample
 
@@ -31,13 +36,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the buffers are made for: tokens of a step, sequences, rows of logits, pages of a sequence and in all."""
+    """What the buffers are made for: tokens of a step, sequences, rows of logits, pages of a sequence and in all.
+
+    slots: pages on the device, if the others are offloaded; else None.
+    """
 
     tokens: int
     sequences: int
     rows: int
     table_width: int
     pages: int
+    slots: int | None = None
 
 
 class TensorRTExecutor:
@@ -62,15 +71,29 @@ class TensorRTExecutor:
             "token": self._pool.take((sizes.rows,), _INT32),
         }
         self._kv = {
-            f"{name}.{layer}": self._pool.take((sizes.pages, *page), np.uint16)
+            f"{name}.{layer}": self._pool.take((_pages_of(name, sizes), *page), np.uint16)
             for layer in range(bundle.config.num_hidden_layers)
             for name, page in pool_shapes(bundle.config).items()
         }
+        self.offload = self._open_offload(bundle.config)
         working = self._pool.take((engine.working_bytes,), np.uint8)
         self._prefill, self._decode = (self._bind(profile, working) for profile in ("prefill", "decode"))
         # By sequences, the way to draw, and steps; None: this one cannot be captured.
         self._graphs: dict[tuple[int, str, int], Graph | None] = {}
         self._settled: set[tuple[int, str]] = set()
+
+    def _open_offload(self, config: ModelConfig) -> DeviceOffload | None:
+        """None if all pages are on the device."""
+        sizes, sparse = self._sizes, config.sparse
+        if sizes.slots is None or sparse is None:
+            return None
+        names = [name for name in pool_shapes(config) if name not in COMPRESSED_POOLS]
+        pools = [[self._kv[f"{name}.{layer}"] for name in names] for layer in range(config.num_hidden_layers)]
+        most = token_pages(config, sparse, sizes.table_width * PAGE_TOKENS)
+        offload_sizes = OffloadSizes(sizes.tokens, sizes.sequences, sizes.table_width, most)
+        offload = DeviceOffload(self._pool, pools, sizes.pages, sparse, config.num_key_value_heads, offload_sizes)
+        self._engine.host.offload = offload
+        return offload
 
     def _bind(self, profile: str, working: DeviceArray) -> BoundContext:
         """Every input and output at the place where it will be for good; a pool is both."""
@@ -92,7 +115,9 @@ class TensorRTExecutor:
         for first in range(0, len(batch.logits_rows), most):
             # Running it again for further rows writes the same keys and values to the same places.
             part = replace(batch, logits_rows=batch.logits_rows[first : first + most])
-            self._stage(context, part)
+            table = self._stage(context, part)
+            if self.offload is not None:
+                self.offload.begin(part.positions, part.query_start, table)
             self._staging.upload(self._stream)
             context.run(self._stream)
             logits = self._logits[: len(part.logits_rows)]
@@ -106,9 +131,21 @@ class TensorRTExecutor:
         sequences, way = len(batch.page_table), self._way(params)
         if not 0 < count <= BURST:
             raise ValueError(f"a burst of {count} steps; 1 to {BURST} are possible")
-        self._stage(self._decode, batch)
+        table = self._stage(self._decode, batch)
         self._stage_params(params)
         self._staging.upload(self._stream)
+        if self.offload is None:
+            self._replay_burst(sequences, way, count)
+        else:
+            for i in range(count):  # one by one: between choosing pages and attending the host brings them
+                self.offload.begin(batch.positions + np.int32(i), batch.query_start, table)
+                self._queue_step(sequences, way)
+        drawn = count * sequences  # `history` has a line for each step, of as many sequences as there are
+        self._stream.download(self._tokens[:drawn], self._history.rows(drawn))
+        self._stream.synchronize()
+        return self._tokens[:drawn].reshape(count, sequences).copy()
+
+    def _replay_burst(self, sequences: int, way: str, count: int) -> None:
         done = 0
         if (sequences, way) not in self._settled:
             # TensorRT settles a new shape in a call of its own, which cannot be captured; it is the first step.
@@ -119,10 +156,6 @@ class TensorRTExecutor:
             steps = BURST if count - done == BURST else 1
             self._replay(sequences, way, steps)
             done += steps
-        drawn = count * sequences  # `history` has a line for each step, of as many sequences as there are
-        self._stream.download(self._tokens[:drawn], self._history.rows(drawn))
-        self._stream.synchronize()
-        return self._tokens[:drawn].reshape(count, sequences).copy()
 
     def _replay(self, sequences: int, way: str, steps: int) -> None:
         """Queue decode steps as one graph, or one by one where they cannot be captured."""
@@ -164,8 +197,8 @@ class TensorRTExecutor:
             log.warning("decoding %d sequences without a CUDA graph, which costs time: %s", sequences, error)
             return None
 
-    def _stage(self, context: BoundContext, batch: StepBatch) -> None:
-        """Write a step's inputs to the pinned buffer and tell the context their shapes."""
+    def _stage(self, context: BoundContext, batch: StepBatch) -> np.ndarray:
+        """Write a step's inputs to the pinned buffer and tell the context their shapes. -> its page table."""
         width, sequences = self._sizes.table_width, len(batch.page_table)
         table = np.zeros((sequences, width), np.int32)
         table[:, : batch.page_table.shape[1]] = batch.page_table
@@ -175,6 +208,7 @@ class TensorRTExecutor:
             context.set_shape(name, values.shape)
         self._staging.put("page_table", table)
         context.set_shape("page_table", table.shape)
+        return table
 
     def _stage_params(self, params: DrawParams) -> None:
         self._staging.host["count"][:] = 0
@@ -184,13 +218,24 @@ class TensorRTExecutor:
 
     def describe(self) -> dict[str, str]:
         """TensorRT, device, KV type and how decoding runs, for reports."""
-        uncaptured = any(graph is None for graph in self._graphs.values())
+        decode = f"CUDA graph, host reads every {BURST} tokens"
+        if any(graph is None for graph in self._graphs.values()):
+            decode = "stream, not captured"
+        kv, slots = self._kv_type, self._sizes.slots
+        if slots is not None:
+            decode = "stream, not captured: pages come from the host"
+            kv += f", {slots} of {self._sizes.pages} pages on the device"
         return {
             "executor": f"{self._engine.tensorrt} on {self._kernels.device.name}",
             "kernels": f"plugins, {self._kernels.device.architecture}",
-            "decode": "stream, not captured" if uncaptured else f"CUDA graph, host reads every {BURST} tokens",
-            "kv": self._kv_type,
+            "decode": decode,
+            "kv": kv,
         }
+
+
+def _pages_of(pool: str, sizes: Sizes) -> int:
+    """Pages of a pool on the device."""
+    return sizes.pages if pool in COMPRESSED_POOLS or sizes.slots is None else sizes.slots
 
 
 def _inputs(sizes: Sizes, vocabulary: int) -> Layout:
@@ -219,13 +264,15 @@ def _inputs(sizes: Sizes, vocabulary: int) -> Layout:
 def pool_bytes(bundle: Bundle, engine: LoadedEngine, sizes: Sizes) -> int:
     """Size of the executor's pool, to the byte: what it takes, in its order."""
     config = bundle.config
-    page = [math.prod(shape) * 2 for shape in pool_shapes(config).values()]
+    kv = [_pages_of(name, sizes) * math.prod(shape) * 2 for name, shape in pool_shapes(config).items()]
+    tables = [] if sizes.slots is None else [4 * table_values(sizes.sequences, sizes.table_width)]
     parts: Sequence[int] = [
         layout_bytes(_inputs(sizes, config.vocab_size)),
         4 * BURST * sizes.sequences,
         4 * sizes.rows * config.vocab_size,
         4 * sizes.rows,
-        *[sizes.pages * size for size in page] * config.num_hidden_layers,
+        *kv * config.num_hidden_layers,
+        *tables,
         engine.working_bytes,
     ]
     return Pool.bytes_for(parts)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edge.bundle import Bundle
+from edge.config import SparseConfig
 from edge.cuda import Device, Kernels, open_device
 from edge.engine_file import EngineFile, choose_engine
 from edge.errors import EdgeError, UsageError
 from edge.executors.tensorrt import Sizes, TensorRTExecutor, pool_bytes
-from edge.executors.tensorrt_engine import load_engine
+from edge.executors.tensorrt_engine import LoadedEngine, load_engine
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
-from edge.memory.ledger import Line, Run, cache_lines, total
-from edge.plan import EngineOptions, Plan, fit_plan, resolve_sparse, subject_of
+from edge.memory.attended import least_slots
+from edge.memory.fit import Ledger, fit_offloaded, fit_plan
+from edge.memory.ledger import HOST, Line, Run, cache_lines, total
+from edge.plan import EngineOptions, Plan, resolve_sparse, subject_of
 from edge.tensorrt import Flavour, load_flavour
 from plugins import PAGE_TOKENS
 from plugins.plugin import PluginHost
@@ -51,26 +54,48 @@ def open_executor(
             f"--context {options.context} exceeds the {longest} tokens that {file.path.name} was built for; ask for "
             f"less, or run: edge build --max-context {options.context}"
         )
+    if options.offload is not None:
+        _refuse_offload(device)
     free = _free_memory(device)
     kernels = Kernels(bundle.kernels(device.architecture), device)
     engine = load_engine(file, flavour, PluginHost(kernels))
+    run = Run(options.context or limit, chunk=options.chunk, rows=sizes.rows)
+    ledger = _ledger(bundle, engine, sizes, file.measured.bytes)
+    if options.offload is None:
+        plan = fit_plan(bundle, options, ledger, run, free=free)
+    else:
+        least = least_slots(bundle.config, _sparse(bundle), run.context)
+        room = int(available_memory() * 0.9)
+        plan = fit_offloaded(bundle, options, ledger, run, free=free, least=least, room=room)
+    width = pages_for(plan.max_context)
+    sizes = replace(sizes, pages=plan.num_pages, table_width=width, slots=plan.resident_pages)
+    return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences
+
+
+def _ledger(bundle: Bundle, engine: LoadedEngine, sizes: Sizes, weights: int) -> Ledger:
+    """What a run takes of the device's memory: the executor's pool, by purpose, and the engine's weights."""
     subject = subject_of(bundle)
 
-    def ledger(run: Run) -> tuple[Line, ...]:
-        cache = cache_lines(subject, run)
-        whole = pool_bytes(bundle, engine, replace(sizes, pages=run.pages))
+    def lines(run: Run) -> tuple[Line, ...]:
+        cache = cache_lines(subject, run, HOST)
+        whole = pool_bytes(bundle, engine, replace(sizes, pages=run.pages, slots=run.resident))
         return (
-            Line("weights", file.measured.bytes, "the engine's, which TensorRT allocates"),
+            Line("weights", weights, "the engine's, which TensorRT allocates"),
             *cache,
             Line("working memory", engine.working_bytes, "of the engine's layers and plugins"),
-            Line("inputs and logits", whole - total(cache) - engine.working_bytes, f"{sizes.rows} rows"),
+            Line("inputs and logits", whole - total(cache) - engine.working_bytes, f"{sizes.rows} rows of logits"),
         )
 
-    run = Run(options.context or limit, chunk=options.chunk, rows=sizes.rows)
-    plan = fit_plan(bundle, options, ledger, run, free=free)
-    width = pages_for(plan.max_context)
-    sizes = replace(sizes, pages=plan.num_pages, table_width=width)
-    return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences
+    return lines
+
+
+def _sparse(bundle: Bundle) -> SparseConfig:
+    if bundle.config.sparse is None:
+        raise UsageError(
+            f"{bundle.path} has dense attention, which reads every page for every token; leave out --offload, or "
+            "export a checkpoint with sparse attention"
+        )
+    return bundle.config.sparse
 
 
 def _refuse_other_attention(bundle: Bundle, options: EngineOptions) -> None:
@@ -79,6 +104,14 @@ def _refuse_other_attention(bundle: Bundle, options: EngineOptions) -> None:
         raise UsageError(
             f"{bundle.path} is an engine of fixed attention settings; leave out --attention and --sparse, or export "
             "the checkpoint with the ones you want"
+        )
+
+
+def _refuse_offload(device: Device) -> None:
+    if device.is_integrated:
+        raise UsageError(
+            f"{device.name} shares its memory with the host, so that pages offloaded to it would free nothing; leave "
+            "out --offload"
         )
 
 

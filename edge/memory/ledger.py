@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edge.config import ModelConfig
-from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, KV_BYTES, pages_for, pool_shapes
 from edge.memory.step import attention_bytes, step_bytes
 from edge.memory.weights import StoredWeights, cpu_weight_bytes
 from plugins import PAGE_TOKENS
@@ -16,17 +16,22 @@ from plugins import PAGE_TOKENS
 PROCESS_BYTES = 160 << 20
 # For what the formulas miss, in percent of packed weights and activations, and the alignment of small tensors.
 HEADROOM_PERCENT, HEADROOM_BYTES = 5, 1 << 20
-MEMORY, DISK = "memory", "disk"
+MEMORY, DISK, HOST = "memory", "disk", "host"
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes by purpose. where: 'memory' (counts towards the budget) or 'disk'."""
+    """Bytes by purpose. where: 'memory' (counts towards the budget), 'disk', or 'host' (a GPU's host)."""
 
     name: str
     bytes: int
     note: str = ""
     where: str = MEMORY
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is not in the memory that the budget is for."""
+        return self.where != MEMORY
 
 
 @dataclass(frozen=True)
@@ -64,28 +69,26 @@ class Run:
 
 
 def total(lines: Iterable[Line]) -> int:
-    """Bytes of memory, what is on disk left out."""
-    return sum(line.bytes for line in lines if line.where == MEMORY)
+    """Bytes of the memory that the budget is for."""
+    return sum(line.bytes for line in lines if not line.is_elsewhere)
 
 
 def page_bytes(config: ModelConfig, kv: str) -> tuple[int, int]:
     """Bytes of one page over all layers: 64 tokens of keys and values, and their compressed keys."""
-    shapes = pool_shapes(config)
-    values = math.prod(shapes.pop("kv_pool"))
-    keys = sum(math.prod(shape) for shape in shapes.values())
-    size = config.num_hidden_layers * KV_BYTES[kv]
-    return values * size, keys * size
+    sizes = {name: KV_BYTES[kv] * math.prod(shape) for name, shape in pool_shapes(config).items()}
+    keys = sum(size for name, size in sizes.items() if name in COMPRESSED_POOLS)
+    return config.num_hidden_layers * (sum(sizes.values()) - keys), config.num_hidden_layers * keys
 
 
-def cache_lines(subject: Subject, run: Run) -> list[Line]:
-    """KV pages, those on disk, and compressed keys, which are always in memory."""
+def cache_lines(subject: Subject, run: Run, elsewhere: str = DISK) -> list[Line]:
+    """KV pages, those offloaded, and compressed keys, which never are."""
     values, keys = page_bytes(subject.config, subject.kv)
     resident = run.pages if run.resident is None else min(run.resident, run.pages)
     lines = [Line("kv cache", resident * values, f"{resident} pages of {PAGE_TOKENS} tokens, {subject.kv}")]
     if keys:
         lines.append(Line("compressed keys", run.pages * keys, "for the choice of blocks"))
     if run.resident is not None:
-        lines.append(Line("kv on disk", run.pages * values, f"{run.pages} pages", DISK))
+        lines.append(Line("offloaded kv", run.pages * values, f"{run.pages} pages", elsewhere))
     return lines
 
 

@@ -21,6 +21,7 @@ struct CompressArguments {
   const int* positions;     // [tokens]
   const int* query_start;   // [sequences + 1]
   const int* page_table;    // [sequences, table_width]
+  const int* key_table;     // [sequences, table_width]: as page_table, but pages of kv_pool; they may lie elsewhere
   int tokens, sequences, table_width, kv_heads, planes, plane, tokens_per_block;
 };
 
@@ -45,28 +46,29 @@ DEVICE void add_piece(float (&total)[16], uint4 piece, float scale) {
   }
 }
 
-// This thread's share of the sums over tokens [begin, end): every ROWS-th key, from key `row` on.
+// This thread's share of the sums over tokens [begin, end): every ROWS-th key, from key `row` on; `pages` of kv_pool.
 template <class T, class KV, int D, int PIECE>
 DEVICE void add_keys(const CompressArguments& a, const int* pages, int begin, int end, float (&total)[PIECE]) {
   constexpr int LANES = D / PIECE, ROWS = COMPRESS_THREADS / LANES;
-  const int piece = threadIdx.x % LANES, row = threadIdx.x / LANES, head = blockIdx.y;
+  const int piece = threadIdx.x % LANES, row = threadIdx.x / LANES;
+  const int heads = a.planes * a.kv_heads, head = a.plane * a.kv_heads + blockIdx.y;  // of a page, over all planes
 #pragma unroll 4
   for (int token = begin + row; token < end; token += ROWS) {
-    const int64_t plane = (static_cast<int64_t>(pages[token / PAGE]) * a.planes + a.plane) * a.kv_heads + head;
-    const int64_t key = plane * PAGE + token % PAGE;
+    const int64_t key = (static_cast<int64_t>(pages[token / PAGE]) * heads + head) * PAGE + token % PAGE;
     const KV* keys = static_cast<const KV*>(a.kv_pool) + key * D + piece * PIECE;
     add_piece<T>(total, __ldg(reinterpret_cast<const uint4*>(keys)), sizeof(KV) == 1 ? a.kv_scales[key] : 1.0f);
   }
 }
 
-// The average of the window of `window` tokens that ends with token `last`.
+// The average of the window of `window` tokens that ends with token `last`, into `slot` of its page in `pool`. Which
+// page that is, is looked up in the end: the sums need the registers.
 template <class T, class KV, int D>
-DEVICE void average(const CompressArguments& a, const int* pages, int last, int window, T* average) {
+DEVICE void average(const CompressArguments& a, int64_t table_row, int last, int window, T* pool, int slots, int slot) {
   constexpr int PIECE = 16 / sizeof(KV), LANES = D / PIECE, ROWS = COMPRESS_THREADS / LANES;
   SHARED_MEMORY(shared);
   float* sums = reinterpret_cast<float*>(shared);  // [ROWS][D]
   float total[PIECE] = {};
-  add_keys<T, KV, D>(a, pages, last + 1 - window, last + 1, total);
+  add_keys<T, KV, D>(a, a.key_table + table_row, last + 1 - window, last + 1, total);
 #pragma unroll
   for (int i = 0; i < PIECE; i += 4)
     reinterpret_cast<float4*>(sums)[(threadIdx.x * PIECE + i) / 4] =
@@ -76,7 +78,8 @@ DEVICE void average(const CompressArguments& a, const int* pages, int last, int 
     float sum = 0;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) sum += sums[row * D + threadIdx.x];
-    average[threadIdx.x] = from_float<T>(sum / static_cast<float>(window));
+    const int64_t page = static_cast<int64_t>(a.page_table[table_row + last / PAGE]) * a.kv_heads + blockIdx.y;
+    pool[(page * slots + slot) * D + threadIdx.x] = from_float<T>(sum / static_cast<float>(window));
   }
   __syncthreads();
 }
@@ -85,7 +88,7 @@ DEVICE void average(const CompressArguments& a, const int* pages, int last, int 
 template <class T, class KV, int D>
 DEVICE void compress(const CompressArguments& a) {
   const bool coarse = blockIdx.z == 1;
-  const int slots = coarse ? COARSE_SLOTS : FINE_SLOTS, stride = PAGE / slots, head = blockIdx.y;
+  const int slots = coarse ? COARSE_SLOTS : FINE_SLOTS, stride = PAGE / slots;
   T* pool = static_cast<T*>(coarse ? a.c2_pool : a.c1_pool);
   const int first = blockIdx.x * a.tokens_per_block;
   for (int token = first; token < min(first + a.tokens_per_block, a.tokens); ++token) {
@@ -93,9 +96,8 @@ DEVICE void compress(const CompressArguments& a) {
     if ((last + 1) % stride != 0 || last + 1 < 2 * stride) continue;
     const int sequence = sequence_of(a.query_start, a.sequences, token);
     if (sequence == a.sequences) continue;
-    const int* pages = a.page_table + static_cast<int64_t>(sequence) * a.table_width;
-    const int64_t page = static_cast<int64_t>(pages[last / PAGE]) * a.kv_heads + head;
-    average<T, KV, D>(a, pages, last, 2 * stride, pool + (page * slots + last % PAGE / stride) * D);
+    const int64_t table_row = static_cast<int64_t>(sequence) * a.table_width;
+    average<T, KV, D>(a, table_row, last, 2 * stride, pool, slots, last % PAGE / stride);
   }
 }
 

@@ -40,8 +40,11 @@ def scratch(shape: AttentionShape) -> dict[str, tuple[tuple[int, ...], np.dtype]
     }
 
 
-def compress(shape: AttentionShape) -> Launch:
-    """kv_pool [pages, 2 or 3, Hkv, 64 d] -> the windows of c1_pool and c2_pool that end with the step's tokens."""
+def compress(shape: AttentionShape, key_table: str = "page_table") -> Launch:
+    """kv_pool [pages, 2 or 3, Hkv, 64 d] -> the windows of c1_pool and c2_pool that end with the step's tokens.
+
+    key_table: the page table of kv_pool, where it is not that of the compressed keys.
+    """
     # Few tokens end a window: a decode step looks at all of them at once, a long one at a fine window's stride.
     per_block = 1 if _by_token(shape) else 16
     arguments = (
@@ -51,6 +54,7 @@ def compress(shape: AttentionShape) -> Launch:
         "c2_pool",
         *_STEP,
         "page_table",
+        key_table,
         np.int32(shape.tokens),
         np.int32(shape.sequences),
         np.int32(shape.table_width),

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from plugins.infllmv2.launch import compress, score_coarse, score_fine, select
 from plugins.infllmv2.launch import scratch as selection_scratch
+from plugins.infllmv2.offloaded import run_offloaded
 from plugins.launch import Launch
 from plugins.paged_attention.launch import AttentionShape, append, attend, scratch_up_to
 from plugins.paged_attention.trt import STEP_TYPES, attention_shape
-from plugins.plugin import Buffers, SimpleOperator, Tensor
+from plugins.plugin import Buffers, Call, PageOffload, SimpleOperator, Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class InfLLMv2Attention(SimpleOperator):
         shape, scale = self._shape(tensors), self.scale
         selection = [compress(shape), score_coarse(shape, scale), score_fine(shape, scale), select(shape)]
         return [append(shape), *selection, *attend(shape, scale, multiprocessors)]
+
+    def run_offloaded(self, call: Call, offload: PageOffload) -> None:
+        """The same, of which `append`, `compress` and `attend` go run by run of tokens."""
+        run_offloaded(self._shape(call.tensors), self.scale, call, offload)
 
     def _shape(self, tensors: Mapping[str, Tensor]) -> AttentionShape:
         return attention_shape(

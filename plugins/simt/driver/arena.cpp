@@ -31,10 +31,11 @@ char* reserve(size_t bytes) {
   static char* next;
   static size_t left;
   if (left < bytes) {
-    left = std::max(RESERVED_BYTES, bytes);
-    void* memory = mmap(nullptr, left, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const size_t size = std::max(RESERVED_BYTES, bytes);
+    void* memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     require(memory != MAP_FAILED, CUDA_ERROR_OUT_OF_MEMORY);
     next = static_cast<char*>(memory);
+    left = size;
   }
   left -= bytes;
   return std::exchange(next, next + bytes);

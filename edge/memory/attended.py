@@ -1,0 +1,23 @@
+"""How many KV pages a token of a sparse model may need at once: so many are in memory while others are offloaded."""
+
+from __future__ import annotations
+
+from edge.config import ModelConfig, SparseConfig
+from edge.kv_cache import pages_for
+
+
+def forced_pages(sparse: SparseConfig) -> int:
+    """Pages that a token attends to whatever their scores: initial and local ones, and its own."""
+    return sparse.init_blocks + sparse.local_blocks + 1
+
+
+def token_pages(config: ModelConfig, sparse: SparseConfig, context: int) -> int:
+    """Pages that one token may need at once: KV heads choose apart; below dense_len it attends to all there are."""
+    chosen = config.num_key_value_heads * (sparse.selected_blocks - forced_pages(sparse))
+    dense = pages_for(min(max(sparse.dense_len - 1, 0), context))
+    return max(forced_pages(sparse) + chosen, dense, 2)  # 2: a token's own page, and one whose keys are averaged
+
+
+def least_slots(config: ModelConfig, sparse: SparseConfig, context: int) -> int:
+    """Pages that must be on the device: any token's, beside the initial and local ones of a sequence, which stay."""
+    return token_pages(config, sparse, context) + forced_pages(sparse)

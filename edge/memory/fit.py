@@ -1,0 +1,123 @@
+"""Fits a run into the memory there is: the longest context whose ledger does not exceed the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from edge.bundle import Bundle
+from edge.errors import EdgeError
+from edge.kv_cache import pages_for
+from edge.machine import available_memory
+from edge.memory.ledger import Line, Run, cpu_ledger, total
+from edge.plan import MIB, EngineOptions, Plan, resolve_sparse, subject_of
+from plugins import PAGE_TOKENS
+
+Ledger = Callable[[Run], tuple[Line, ...]]
+
+
+def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
+    """The plan of a run on the CPU; `fit_plan` has the rules."""
+    subject, limit = subject_of(bundle), bundle.manifest.limits["max_context"]
+    run = Run(options.context or limit, chunk=options.chunk, rows=options.logits_rows, threads=options.threads)
+    return fit_plan(bundle, options, lambda r: cpu_ledger(subject, r), run, free=available_memory())
+
+
+def fit_plan(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *, free: int) -> Plan:
+    """Fit the context of `run` into the budget: --memory, or else 90 % of the memory that is `free` before the model
+    is loaded.
+
+    A context that was asked for and does not fit is refused, though it may exceed what the model was trained for;
+    one that was not asked for is the run's, or as much of it as fits.
+    """
+    budget = budget_of(options, free)
+    fitting = largest_context(ledger, run, budget)
+    if fitting < (1 if options.context is None else run.context):
+        raise EdgeError(_refusal(bundle, options, ledger, run, budget, fitting))
+    run = replace(run, context=fitting)
+    return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
+
+
+def fit_offloaded(
+    bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *, free: int, least: int, room: int | None = None
+) -> Plan:
+    """`fit_plan`, with KV pages elsewhere of which `least` at least are in memory, and as many as the budget allows.
+
+    room: bytes that there are elsewhere; None: whoever makes the place finds out. If all pages fit, none is elsewhere.
+    """
+    budget = budget_of(options, free)
+    if run.pages <= least or total(ledger(run)) <= budget:
+        return fit_plan(bundle, options, ledger, run, free=free)
+    leanest = replace(run, resident=least)
+    fitting = largest_context(ledger, leanest, budget)
+    if room is not None:
+        page = sum(line.bytes for line in ledger(leanest) if line.is_elsewhere) // run.pages
+        fitting = min(fitting, room // page // run.sequences * PAGE_TOKENS)
+    if fitting < (least * PAGE_TOKENS if options.context is None else run.context):
+        plain = largest_context(ledger, run, budget)
+        raise EdgeError(_offload_refusal(options, ledger, leanest, budget, room, max(fitting, plain)))
+    run = replace(run, context=min(fitting, run.context))
+    low, high = least, run.pages + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = total(ledger(replace(run, resident=middle))) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    run = replace(run, resident=low)
+    return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
+
+
+def budget_of(options: EngineOptions, free: int) -> int:
+    """Bytes that a run may take."""
+    return options.memory if options.memory is not None else int(free * 0.9)
+
+
+def largest_context(ledger: Ledger, run: Run, budget: int) -> int:
+    """Most tokens, up to those of `run`, whose ledger fits: all of them, or whole pages; 0 if not even one page."""
+    if total(ledger(run)) <= budget:
+        return run.context
+    low, high = 0, pages_for(run.context)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = total(ledger(replace(run, context=middle * PAGE_TOKENS))) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return low * PAGE_TOKENS
+
+
+def _refusal(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, budget: int, fitting: int) -> str:
+    """What does not fit, and what would: a --memory or --context that the sentence names is enough."""
+    context = options.context or PAGE_TOKENS
+    needed = _mib(total(ledger(replace(run, context=context))))
+    if options.memory is None:
+        problem, remedy = f"90 % of the free memory is {budget // MIB}MiB", "free some"
+    else:
+        problem, remedy = f"--memory allows {budget // MIB}MiB", f"give --memory {needed}"
+    if fitting:
+        other = f"ask for --context {fitting}"
+    elif bundle.manifest.weights["kind"] in ("exact", "fp16"):
+        other = "export with --weights w4a16"
+    else:
+        other = "use a smaller --chunk or model"
+    return f"a context of {context} tokens needs {needed} with its model, and {problem}; {remedy}, or {other}"
+
+
+def _offload_refusal(
+    options: EngineOptions, ledger: Ledger, leanest: Run, budget: int, room: int | None, fitting: int
+) -> str:
+    lines = ledger(leanest)
+    needed, elsewhere = total(lines), next(line for line in lines if line.is_elsewhere)
+    other = f", or ask for --context {fitting}" if fitting > 0 else ""
+    if needed > budget:
+        source = "--memory allows" if options.memory is not None else "90 % of the free memory is"
+        return (
+            f"a context of {leanest.context} tokens needs {_mib(needed)} though its pages are offloaded: for the "
+            f"model, compressed keys and the {leanest.resident} pages that must be in memory at once; {source} "
+            f"{budget // MIB}MiB; give --memory {_mib(needed)}{other}"
+        )
+    return (
+        f"the pages of {leanest.context} tokens need {_mib(elsewhere.bytes)} of {elsewhere.where} memory, and "
+        f"{(room or 0) // MIB}MiB of it can be had; close programs{other}"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // MIB)}MiB"
