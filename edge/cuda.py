@@ -131,6 +131,11 @@ class DeviceArray:
         """Its first `count` rows."""
         return DeviceArray(self.address, (count, *self.shape[1:]), self.dtype, self)
 
+    def row(self, index: int) -> DeviceArray:
+        """One row, without the dimension of rows."""
+        size = self.nbytes // self.shape[0]
+        return DeviceArray(self.address + index * size, self.shape[1:], self.dtype, self)
+
 
 def device_array(source: Any) -> DeviceArray:
     """Memory of another library (`__cuda_array_interface__`, or pycuda's GPUArray), without a copy."""

@@ -25,6 +25,7 @@ class EngineOptions:
     """What a user may decide about a run. context in tokens, memory in bytes; None lets the plan choose.
 
     attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
+    prefix_cache: whether a prompt takes over what an earlier one computed; measurements of prompts must not.
     """
 
     context: int | None = None
@@ -33,6 +34,7 @@ class EngineOptions:
     chunk: int = 512  # prompt tokens a step
     attention: str = "model"
     sparse: Mapping[str, int] = field(default_factory=dict)
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True)
