@@ -132,7 +132,7 @@ class KVCache:
         for index, page in zip(copied, taken, strict=False):
             held.pages[index] = page
         self._release(sources[::-1])
-        for index in reversed(kept[max(room, 0) :]):  # all that was cached has been taken: no child is left behind
+        for index in reversed(kept[room:]):  # all that was cached has been taken: no child is left behind
             self._published.remove(held.pages[index])
         held.published = min(held.published, written.start)
         held.pages.extend(taken[len(copied) :])

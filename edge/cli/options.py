@@ -42,6 +42,12 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that already occurred.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
+Save = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keep the conversation and its KV cache in this file at the end.")
+]
+Restore = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that --save kept, its cache ready.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="Thinking mode of templates that have one (MiniCPM4.1).")
@@ -77,6 +83,8 @@ def load_engine(
     chunk: int = EngineOptions.chunk,
     attention: str | None = None,
     sparse: str | None = None,
+    *,
+    prefix_cache: bool = True,
 ) -> Engine:
     """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for."""
     options = EngineOptions(
@@ -86,6 +94,7 @@ def load_engine(
         chunk=chunk,
         attention=attention or EngineOptions.attention,
         sparse=parse_sparse(sparse),
+        prefix_cache=prefix_cache,
     )
     engine = open_engine(bundle, options)
     trained = engine.bundle.manifest.limits["max_context"]
