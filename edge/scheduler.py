@@ -63,7 +63,7 @@ class Scheduler:
             count = min(sequence.pending, room)
             if count == 0:
                 break
-            if sequence.pending - count == 1 and count > 2:
+            if sequence.pending - count == 1 and count > 3:
                 # A step of one token is computed by other kernels and rounded otherwise. An even number fewer, for
                 # kernels that take rows in pairs.
                 count -= 2
