@@ -284,6 +284,17 @@ def test_pages_are_evicted_leaves_first_and_least_recently_used_first() -> None:
         assert (left(prompts["b"]), left(prompts["a"])) == (of_b, of_a)
 
 
+def test_a_hash_alone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "page_key", lambda parent, ids, salt: b"the same for all")
+    cache = KVCache(4)
+    sequence = cache.open()
+    cache.reserve(sequence, 128)
+    cache.publish(sequence, [1] * 128, 128, salted(b"a"))
+    assert cache.adopt(cache.open(), [2] * 64, salted(b"a")) == 0
+    assert cache.adopt(cache.open(), [1] * 64, salted(b"b")) == 0
+    assert cache.adopt(cache.open(), [1] * 128, salted(b"a")) == 64  # the second page's key was taken
+
+
 def test_a_copy_that_fails_changes_nothing() -> None:
     def fail(pairs: Sequence[tuple[int, int]]) -> None:
         raise KeyboardInterrupt
