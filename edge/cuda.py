@@ -132,9 +132,9 @@ class DeviceArray:
         return DeviceArray(self.address, (count, *self.shape[1:]), self.dtype, self)
 
     def row(self, index: int) -> DeviceArray:
-        """One of its rows."""
-        shape = self.shape[1:]
-        return DeviceArray(self.address + index * math.prod(shape) * self.dtype.itemsize, shape, self.dtype, self)
+        """One row, without the dimension of rows."""
+        size = self.nbytes // self.shape[0]
+        return DeviceArray(self.address + index * size, self.shape[1:], self.dtype, self)
 
 
 def device_array(source: Any) -> DeviceArray:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edge.bundle import Bundle, open_bundle
-from edge.config import SparseConfig
 from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
 from edge.executor import DecodingExecutor, Executor
@@ -17,9 +18,11 @@ from edge.kv_cache import KVCache
 from edge.memory.fit import make_plan
 from edge.memory.ledger import headroom
 from edge.plan import ALWAYS_DENSE, EngineOptions, Plan
+from edge.reuse import Modes, common_prefix, record
 from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
+from edge.session_file import CacheIdentity, restore_sequence, save_sequence
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
@@ -33,11 +36,15 @@ class TokenEvent:
 
 
 class Session:
-    """One conversation: a sequence whose cache outlives a reply, so the next turn computes only what is new."""
+    """One conversation: a sequence whose cache outlives a reply, so the next turn computes only what is new.
 
-    def __init__(self, engine: Engine) -> None:
+    `notes`: JSON values of the application that are saved and restored with the session.
+    """
+
+    def __init__(self, engine: Engine, sequence: ScheduledSequence | None = None) -> None:
+        self.notes: dict[str, Any] = {}
         self._engine = engine
-        self._sequence = ScheduledSequence(engine.cache.open())
+        self._sequence = sequence or ScheduledSequence(engine.cache.open())
 
     def generate(
         self,
@@ -45,16 +52,14 @@ class Session:
         params: SamplingParams,
         progress: Progress | None = None,
     ) -> Generator[TokenEvent, None, None]:
-        """Tokens after `prompt_ids` (the whole conversation so far). The shared prefix is not computed again.
+        """Tokens after `prompt_ids` (the whole conversation so far). What is cached of it is not computed again.
 
         `progress(done, total)` counts prompt tokens during the prefill. A new call ends an earlier reply.
         """
         self._engine.check_prompt(prompt_ids)
         sequence = self._sequence
-        sequence.computed = self._reusable(prompt_ids)
-        self._engine.cache.truncate(sequence.cache_id, sequence.computed)
-        sequence.tokens = tokens = list(prompt_ids)
-        sequence.prompt_length = len(prompt_ids)
+        self._engine.reuse(sequence, prompt_ids)
+        tokens = sequence.tokens
         limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
         end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
         for index, token in enumerate(self._engine.tokens(sequence, params, limit, progress)):
@@ -68,13 +73,9 @@ class Session:
             if sequence.tokens is not tokens:
                 raise RuntimeError("this reply was ended by a later one of the same session")
 
-    def _reusable(self, prompt_ids: Sequence[int]) -> int:
-        """Cached tokens that a run without a cache would have computed alike; the last one must run for its logits."""
-        sequence, config = self._sequence, self._engine.bundle.config
-        if config.rope_is_long(sequence.prompt_length) != config.rope_is_long(len(prompt_ids)):
-            return 0  # the keys are rotated by the other list
-        common = _common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
-        return _alike(self._engine.plan.sparse, sequence.prompt_length, len(prompt_ids), common)
+    def save(self, path: Path) -> None:
+        """Write the conversation with its cache to a file, for `Engine.restore_session`."""
+        self._engine.save_sequence(self._sequence, path, self.notes)
 
     def close(self) -> None:
         """Give the pages back."""
@@ -84,10 +85,14 @@ class Session:
 class Engine:
     """An executor with its cache and scheduler, inside one memory plan."""
 
-    def __init__(self, bundle: Bundle, executor: Executor, plan: Plan, chunk: int) -> None:
+    def __init__(
+        self, bundle: Bundle, executor: Executor, plan: Plan, chunk: int, *, prefix_cache: bool = True
+    ) -> None:
         self.bundle = bundle
         self.plan = plan
-        self.cache = KVCache(plan.num_pages)
+        self.cache = KVCache(plan.num_pages, executor.copy_pages)
+        self.prefix_cache = prefix_cache
+        self._modes = Modes(bundle.config, plan.sparse)
         self._executor = executor
         self._scheduler = Scheduler(self.cache, chunk, plan.run.rows)
 
@@ -125,18 +130,64 @@ class Engine:
         params: SamplingParams,
         progress: Progress | None = None,
     ) -> Generator[TokenEvent, None, None]:
-        """One reply in a session of its own."""
+        """One reply in a session of its own; what earlier ones began alike is not computed again."""
         session = self.open_session()
         try:
             yield from session.generate(prompt_ids, params, progress)
         finally:
             session.close()
 
+    def reuse(self, sequence: ScheduledSequence, prompt_ids: Sequence[int]) -> None:
+        """Give a sequence a new prompt, keeping what it or the prefix cache has computed of it as a cold run would.
+
+        The prompt's last token has to run for its logits, and not alone: see edge/scheduler.py.
+        """
+        mode = self._modes.of(len(prompt_ids))
+        common = common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
+        sequence.computed = kept = self._modes.alike(sequence.runs, mode, common)
+        self.cache.truncate(sequence.cache_id, kept)
+        sequence.tokens, sequence.prompt_length = list(prompt_ids), len(prompt_ids)
+        if self.prefix_cache:
+            salt = partial(self._modes.salt, mode)
+            sequence.computed = self.cache.adopt(sequence.cache_id, sequence.tokens[:-2], salt, kept)
+            if sequence.computed > kept:
+                sequence.runs = [(0, mode)]
+
+    def _count(self, sequence: ScheduledSequence, count: int, length: int) -> None:
+        """Note that the next `count` tokens are computed, with switch_length `length`, and publish full pages."""
+        record(sequence.runs, sequence.computed, self._modes.of(length))
+        sequence.computed += count
+        if self.prefix_cache:
+            self._publish(sequence)
+
+    def _publish(self, sequence: ScheduledSequence) -> None:
+        salt = partial(self._modes.salt_of, sequence.runs)
+        self.cache.publish(sequence.cache_id, sequence.tokens, sequence.computed, salt)
+
+    def restore_session(self, path: Path) -> Session:
+        """A session as `Session.save` wrote it, with this bundle and the same attention.
+
+        EdgeError, with nothing of it loaded, if the file is damaged, of another bundle or cache, or does not fit.
+        """
+        sequence, notes = restore_sequence(path, self.cache, self._executor, self._cache_identity(), self.max_context)
+        if self.prefix_cache:
+            self._publish(sequence)
+        session = Session(self, sequence)
+        session.notes = notes
+        return session
+
+    def save_sequence(self, sequence: ScheduledSequence, path: Path, notes: dict[str, Any]) -> None:
+        """Write a sequence and its pages to a file; see `Session.save`."""
+        save_sequence(path, sequence, self.cache, self._executor, self._cache_identity(), notes)
+
+    def _cache_identity(self) -> CacheIdentity:
+        return CacheIdentity.of(self.bundle.manifest.key, self._executor, self.plan.sparse)
+
     def advance(self, sequence: ScheduledSequence, progress: Progress | None = None) -> np.ndarray:
         """Run steps until every known token of the sequence is computed -> logits [vocab] after the last."""
         while step := self._scheduler.next_step([sequence]):
             result = self._executor.step(step.batch)
-            sequence.computed += step.counts[0]
+            self._count(sequence, step.counts[0], int(step.batch.switch_length[0]))
             if progress is not None:
                 progress(sequence.computed, sequence.prompt_length)
             if step.logits_counts[0]:
@@ -168,11 +219,11 @@ class Engine:
         left = limit - 1
         while left:
             count = min(executor.burst, left)
-            self.cache.reserve(sequence.cache_id, len(sequence.tokens) + count - 1)
+            self.cache.reserve(sequence.cache_id, len(sequence.tokens) + count - 1, sequence.computed)
             step = self._scheduler.next_step([sequence])
             assert step is not None and step.counts == (1,)
             for token in executor.decode(step.batch, draw.params(sequence.tokens), count)[:, 0]:
-                sequence.computed += 1
+                self._count(sequence, 1, max(sequence.prompt_length, sequence.computed + 1))
                 yield check_drawn(int(token))
             left -= count
 
@@ -225,12 +276,12 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
         plan = make_plan(bundle, options)
         weights, step = plan.bytes("weights"), plan.bytes("activations")
         reserved = Reserved(weights + headroom(weights), step + headroom(step), plan.run.rows)
-        host = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved)
-        return Engine(bundle, host, plan, options.chunk)
+        executor: Executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved)
+        return Engine(bundle, executor, plan, options.chunk, prefix_cache=options.prefix_cache)
     from edge.executors.tensorrt_open import open_tensorrt
 
     executor, plan, chunk = open_tensorrt(bundle, options)
-    return Engine(bundle, executor, plan, chunk)
+    return Engine(bundle, executor, plan, chunk, prefix_cache=options.prefix_cache)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -241,27 +292,3 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise UsageError(f"token id {bad} is outside the vocabulary of {vocab_size}; use ids 0..{vocab_size - 1}")
-
-
-def _alike(sparse: SparseConfig | None, old_prompt: int, new_prompt: int, common: int) -> int:
-    """How many of the first `common` tokens, cached after an old prompt, a new prompt would have attended alike.
-
-    Tokens that see no more blocks than are selected are computed alike in both ways. The others were sparse from
-    the start, or since the reply passed dense_len.
-    """
-    if sparse is None:
-        return common
-    sparse_from = 0 if sparse.is_sparse(old_prompt) else sparse.dense_len - 1
-    either = min(common, sparse.selected_blocks * sparse.block_size)
-    if sparse.is_sparse(new_prompt):
-        return common if sparse_from <= either else either
-    return max(either, min(common, sparse_from))
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length

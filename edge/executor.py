@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -41,6 +42,28 @@ class Executor(Protocol):
 
     def step(self, batch: StepBatch) -> StepResult:
         """Append the new tokens' keys and values to their pages and return the wanted logits."""
+        ...
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, (source, target) each, in every pool of every layer, before any later step."""
+        ...
+
+    def save_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """All that the executor keeps of these pages, [pages, bytes of one page] uint8."""
+        ...
+
+    def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
+        """Fill pages with what `save_pages` gave, of as many pages, in an executor of the same `page_format`."""
+        ...
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all pools of all layers."""
+        ...
+
+    @property
+    def page_format(self) -> str:
+        """What the bytes of a page depend on besides the bundle: its type and the kernels, which order them."""
         ...
 
     def describe(self) -> dict[str, str]:

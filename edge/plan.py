@@ -23,7 +23,8 @@ class EngineOptions:
 
     attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
     logits_rows: tokens of a step whose logits are wanted at once, at most. offload: where KV pages go that memory does
-    not hold: a folder on a disk; on a GPU, whatever it says, the host's memory.
+    not hold: a folder on a disk; on a GPU, whatever it says, the host's memory. prefix_cache: whether a prompt takes
+    over what an earlier one computed; measurements of prompts must not.
     """
 
     context: int | None = None
@@ -34,6 +35,7 @@ class EngineOptions:
     sparse: Mapping[str, int] = field(default_factory=dict)
     logits_rows: int = 16
     offload: Path | None = None
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge.executor import StepBatch
-from edge.kv_cache import KVCache
+from edge.kv_cache import KVCache, NoPagesError
+from edge.reuse import Runs
 
 
 @dataclass
 class Sequence:
-    """Tokens known so far, of which the first `computed` are in the cache.
+    """Tokens known so far, of which the first `computed` are in the cache; `runs` say how they were computed.
 
     `logits_from`: logits are wanted from this position on; None wants them after the last known token only.
     """
@@ -23,6 +24,7 @@ class Sequence:
     computed: int = 0
     prompt_length: int = 0
     logits_from: int | None = None
+    runs: Runs = field(default_factory=list)
 
     @property
     def pending(self) -> int:
@@ -52,10 +54,14 @@ class Scheduler:
         self._rows = chunk if rows is None else rows
 
     def next_step(self, sequences: Iterable[Sequence]) -> Step | None:
-        """The next step for these sequences, or None if nothing is pending. Reserves the pages it writes."""
+        """The next step for these sequences, or None if nothing is pending. Reserves the pages it writes.
+
+        A sequence for which there are no pages waits as long as another can run; NoPagesError if none can.
+        """
         active = sorted((s for s in sequences if s.pending), key=lambda s: s.pending > 1)
         chosen: list[Sequence] = []
         counts: list[int] = []
+        refusal: NoPagesError | None = None
         room = max(self._chunk, sum(s.pending == 1 for s in active))
         for sequence in active:
             count = min(sequence.pending, room)
@@ -63,10 +69,20 @@ class Scheduler:
                 count = min(count, max(sequence.logits_from - sequence.computed, 0) + self._rows)
             if count == 0:
                 break
-            self._cache.reserve(sequence.cache_id, sequence.computed + count)
+            if sequence.pending - count == 1 and count > 3:
+                # A step of one token is computed by other kernels and rounded otherwise. An even number fewer, for
+                # kernels that take rows in pairs.
+                count -= 2
+            try:
+                self._cache.reserve(sequence.cache_id, sequence.computed + count, sequence.computed)
+            except NoPagesError as error:
+                refusal = refusal or error
+                continue
             chosen.append(sequence)
             counts.append(count)
             room -= count
+        if refusal is not None and not chosen:
+            raise refusal
         return self._build(chosen, counts) if chosen else None
 
     def _build(self, chosen: list[Sequence], counts: list[int]) -> Step:

@@ -108,3 +108,21 @@ def test_a_chat_that_outgrows_its_context_goes_on_after_a_reset(tiny_bundle: Pat
         r"error: the prompt has \d+ tokens and the context is limited to 128;.*; /reset starts over", stderr
     )
     assert len(re.findall(r"\d+ prompt tokens,", stderr)) == 2
+
+
+def test_a_chat_is_kept_and_gone_on_with(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The restored chat's next turn is the third of one long chat; the run after it asks once more."""
+    file, limits = tmp_path / "chat.session", ("--max-tokens", 5, "--temperature", 0)
+    whole = edge("chat", tiny_bundle, *limits, stdin=b"hello there\nand again\n")
+    begun = edge("chat", tiny_bundle, *limits, "--save", file, stdin=b"hello there\n")
+    assert begun.returncode == 0 and f"conversation kept in {file}" in begun.stderr.decode()
+    rest = edge("chat", tiny_bundle, *limits, "--restore", file, stdin=b"and again\n")
+    assert begun.stdout + rest.stdout == whole.stdout
+    asked = edge("run", tiny_bundle, *limits, "--restore", file, "--prompt", "and again")
+    assert asked.stdout == rest.stdout
+
+    both = edge("chat", tiny_bundle, "--restore", file, "--system", "Be brief.")
+    assert both.returncode == 2 and b"drop one of them" in both.stderr
+    file.write_bytes(file.read_bytes()[:-1])
+    damaged = edge("chat", tiny_bundle, "--restore", file, stdin=b"hello\n")
+    assert damaged.returncode == 1 and b"is damaged (its checksum is wrong)" in damaged.stderr

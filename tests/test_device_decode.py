@@ -13,23 +13,20 @@ from hypothesis import strategies as st
 from edge.draw import DeviceDraw
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError
-from edge.executor import DecodingExecutor, DrawParams, StepBatch, StepResult
+from edge.executor import DecodingExecutor, DrawParams, StepBatch
 from edge.plan import EngineOptions
 from edge.sampler import Sampler, SamplingParams, apply_repetition_penalty
 from plugins.sampling.meaning import DecodeState, SamplingInputs, advance, mark_seen, sample
 from tests.test_engine import GREEDY, prompt, reply
+from tests.wrapped_executor import WrappedExecutor
 
 
-class Decoding:
+class Decoding(WrappedExecutor):
     """A CPU executor made to decode like a device: the kernels' meanings, a step at a time, no look from the host."""
 
     def __init__(self, engine: Engine, burst: int) -> None:
-        self.inner, self.burst, self.bursts = engine._executor, burst, list[int]()
-        self.num_pages = self.inner.num_pages
-        engine._executor = self
-
-    def step(self, batch: StepBatch) -> StepResult:
-        return self.inner.step(batch)
+        super().__init__(engine)
+        self.burst, self.bursts = burst, list[int]()
 
     def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
         self.bursts.append(count)
@@ -48,13 +45,10 @@ class Decoding:
             advance(tokens, state)
         return state.history
 
-    def describe(self) -> dict[str, str]:
-        return self.inner.describe()
-
 
 @pytest.fixture(scope="module")
 def engine(tiny_bundle: Path) -> Engine:
-    return open_engine(tiny_bundle, EngineOptions(context=192, chunk=16))
+    return open_engine(tiny_bundle, EngineOptions(context=192, chunk=16, prefix_cache=False))
 
 
 def decoding(engine: Engine, burst: int) -> Engine:

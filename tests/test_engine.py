@@ -21,6 +21,7 @@ from edge.executors import tensorrt_open
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from tests.synthetic import tiny_config, write_hf_checkpoint
+from tests.wrapped_executor import WrappedExecutor
 
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 
@@ -32,28 +33,24 @@ def engine(tiny_bundle: Path) -> Engine:
 
 @pytest.fixture
 def cold(tiny_bundle: Path) -> Engine:
-    """An engine that never saw the conversation: the truth to compare with."""
-    return open_engine(tiny_bundle, EngineOptions(context=256, chunk=512))
+    """An engine that keeps nothing of any prompt: the truth to compare with."""
+    return open_engine(tiny_bundle, EngineOptions(context=256, chunk=512, prefix_cache=False))
 
 
 def no_device() -> None:
     raise EdgeError("there is no CUDA driver here")
 
 
-class Counting:
+class Counting(WrappedExecutor):
     """An executor that counts the tokens that pass through it."""
 
     def __init__(self, engine: Engine) -> None:
-        self.inner, self.tokens = engine._executor, 0
-        self.num_pages = self.inner.num_pages
-        engine._executor = self
+        super().__init__(engine)
+        self.tokens = 0
 
     def step(self, batch: StepBatch) -> StepResult:
         self.tokens += len(batch.input_ids)
-        return self.inner.step(batch)
-
-    def describe(self) -> dict[str, str]:
-        return self.inner.describe()
+        return super().step(batch)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -232,7 +229,8 @@ def switching(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("lengths", [(40, 100, 120), (60, 66), (100, 40), (40, 50), (100, 120)])
 def test_turns_across_longropes_limit_are_as_cold_runs(switching: Path, lengths: tuple[int, ...]) -> None:
     """Keys rotated by one list are no use to a prompt that needs the other; within a list they are kept."""
-    engine, cold = (open_engine(switching, EngineOptions(context=256, chunk=chunk)) for chunk in (16, 512))
+    engine = open_engine(switching, EngineOptions(context=256, chunk=16))
+    cold = open_engine(switching, EngineOptions(context=256, chunk=512, prefix_cache=False))
     session, counting = engine.open_session(), Counting(engine)
     history: list[int] = []
     for turn, length in enumerate(lengths):

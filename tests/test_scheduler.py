@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.executor import StepBatch
-from edge.kv_cache import KVCache
+from edge.kv_cache import KVCache, NoPagesError
 from edge.scheduler import Scheduler, Sequence
 from plugins import PAGE_TOKENS
 
@@ -90,6 +91,35 @@ def test_logits_from_a_position_on(length: int, chunk: int, data: st.DataObject)
         sequence.computed += step.counts[0]
         rows += seen if step.logits_counts[0] else []
     assert rows == [list(range(position + 1)) for position in range(start, length)]
+
+
+def test_a_sequence_without_pages_waits_until_others_give_theirs_back() -> None:
+    cache = KVCache(4)
+    scheduler = Scheduler(cache, 512)
+    large, small = (Sequence(cache.open(), list(range(n)), prompt_length=n) for n in (192, 100))
+    step = scheduler.next_step([large, small])
+    assert step is not None and step.sequences == (large,)
+    large.computed = 192
+    with pytest.raises(NoPagesError, match="100 tokens need 2 more KV pages of 64 tokens and 1 are free"):
+        scheduler.next_step([small])
+    large.tokens.append(0)
+    step = scheduler.next_step([small, large])  # the fourth page
+    assert step is not None and step.sequences == (large,)
+    cache.close(large.cache_id)
+    step = scheduler.next_step([small])
+    assert step is not None and step.sequences == (small,)
+
+
+@given(length=st.integers(2, 400), chunk=st.integers(4, 130))
+def test_a_prompt_never_ends_in_a_step_of_one_token(length: int, chunk: int) -> None:
+    cache = KVCache(PAGES)
+    scheduler, counts = Scheduler(cache, chunk), list[int]()
+    sequence = Sequence(cache.open(), list(range(length)), prompt_length=length)
+    while step := scheduler.next_step([sequence]):
+        counts.append(step.counts[0])
+        sequence.computed += step.counts[0]
+    assert sum(counts) == length and min(counts) > 1
+    assert all(count in (chunk, chunk - 2) for count in counts[:-1])
 
 
 def test_switch_length_is_the_prompts_until_the_context_outgrows_it() -> None:

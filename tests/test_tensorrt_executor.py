@@ -127,6 +127,42 @@ def test_a_second_turn_computes_only_what_is_new(engine: Engine) -> None:
     assert second == reply(engine, again)
 
 
+def test_requests_share_pages_and_copies_are_made_on_the_device(engine: Engine) -> None:
+    ids = prompt(140)
+    first = reply(engine, ids)
+    assert engine.cache.cached_pages == 2
+    assert reply(engine, ids) == first
+    session = engine.open_session()
+    list(session.generate(ids, GREEDY))
+    pages = engine.cache.pages(session._sequence.cache_id)
+    branch = [*ids[:100], *prompt(30, seed=2)]  # writes into a page that is published: it is copied first
+    assert [event.token_id for event in session.generate(branch, GREEDY)] == reply(open_copy(engine), branch)
+    copied = engine.cache.pages(session._sequence.cache_id)
+    assert copied[0] == pages[0] and copied[1] != pages[1]
+    assert reply(engine, ids) == first
+
+
+def open_copy(engine: Engine) -> Engine:
+    """The same bundle in an engine of its own, without a prefix cache."""
+    other = open_on_device(engine.bundle)
+    other.prefix_cache = False
+    return other
+
+
+def test_a_saved_session_is_restored_to_the_byte(engine: Engine, tmp_path: Path) -> None:
+    session, ids = engine.open_session(), prompt(140)
+    answer = [event.token_id for event in session.generate(ids, GREEDY)]
+    session.save(tmp_path / "session")
+    other = open_on_device(engine.bundle)
+    restored = other.restore_session(tmp_path / "session")
+    pages = [e.cache.pages(s._sequence.cache_id) for e, s in ((engine, session), (other, restored))]
+    saved = [e._executor.save_pages(p) for e, p in zip((engine, other), pages, strict=True)]
+    assert saved[0].any() and saved[0].shape == (3, engine._executor.page_bytes)
+    np.testing.assert_array_equal(saved[0], saved[1])
+    again = [*ids, *answer, *prompt(10, seed=1)]
+    assert [event.token_id for event in restored.generate(again, GREEDY)] == reply(open_copy(engine), again)
+
+
 # Batches and draws
 
 

@@ -61,7 +61,8 @@ def bench(
     for path, _ in wanted:
         opt.check_output(path)
     longest = max(case.prompt_tokens for case in cases) + new_tokens
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse)
+    # Every prompt is to be timed as if it were the first.
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, prefix_cache=False)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
     for path, render in wanted:

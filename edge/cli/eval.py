@@ -69,7 +69,9 @@ def evaluate(
         if path is not None:
             opt.check_output(path)
     longest = _longest(names, plan, window, context)
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, opt.MANY_ROWS)
+    # Every prompt is to be timed as if it were the first.
+    cold = {"prefix_cache": False, "logits_rows": opt.MANY_ROWS}
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, **cold)
     tokenizer = load_tokenizer(engine)
     settings = _settings(engine, tokenizer, names, plan, language, raw, filler)
     with progress_bar("evaluating", quiet=json) as progress:

@@ -64,6 +64,8 @@ def run(
     chunk: opt.Chunk = 512,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    save: opt.Save = None,
+    restore: opt.Restore = None,
     json: opt.Json = False,
 ) -> None:
     """Answer one prompt; the text streams to standard output.
@@ -73,9 +75,12 @@ def run(
       edge run bundle --prompt "What is the capital of France?" --temperature 0
 
       cat notes.txt | edge run bundle --raw --max-tokens 100
+
+      edge run bundle --file report.txt --save report.session
+
+      edge run bundle --restore report.session --prompt "And in one sentence?"
     """
-    if raw and system is not None:
-        raise UsageError("--system is part of the chat template, which --raw leaves out; drop one of them")
+    check_session_options(save, restore, system, raw)
     text = read_prompt(prompt, file)
     engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse)
     tokenizer = load_tokenizer(engine)
@@ -90,19 +95,35 @@ def run(
         max_tokens=max_tokens,
         stop=stop,
     )
-    if raw:
-        ids = tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
-    else:
-        ids = tokenizer.encode_chat([*opening(system), question(text)], enable_thinking=thinking)
+    session, messages = begin(engine, restore, system)
+    messages.append(question(text))
+    ids = encode_prompt(tokenizer, text, None if raw else messages, thinking)
     reply = Reply(len(ids))
-    try:
-        for piece in stream_reply(engine.open_session(), tokenizer, ids, params, reply, after_prompt=raw):
-            if not json:
-                write(piece)
-    finally:
-        if not json and reply.text:
-            write("\n")
+    print_pieces(stream_reply(session, tokenizer, ids, params, reply, after_prompt=raw), quiet=json)
+    keep(session, save, [] if raw else [*messages, answer(reply)])
     report_reply(reply, engine, as_json=json)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, messages: list[dict[str, str]] | None, thinking: bool | None
+) -> list[int]:
+    """The messages through the chat template, or the text as it is if there are none."""
+    if messages is None:
+        return tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
+    return tokenizer.encode_chat(messages, enable_thinking=thinking)
+
+
+def print_pieces(pieces: Iterator[str], *, quiet: bool) -> None:
+    """A reply as it comes, and the line's end after it, whatever ends it."""
+    printed = False
+    try:
+        for piece in pieces:
+            if not quiet:
+                write(piece)
+                printed = True
+    finally:
+        if printed:
+            write("\n")
 
 
 def report_reply(reply: Reply, engine: Engine, *, as_json: bool) -> None:
@@ -129,15 +150,22 @@ def chat(
     threads: opt.Threads = None,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    save: opt.Save = None,
+    restore: opt.Restore = None,
 ) -> None:
     """Talk over several turns; each turn computes only what is new. Ctrl-C stops a reply, Ctrl-D ends the chat.
 
     Commands: /reset forgets the conversation, /exit leaves.
 
-    Example:
+    Examples:
 
       edge chat bundle --temperature 0.7
+
+      edge chat bundle --save yesterday.session
+
+      edge chat bundle --restore yesterday.session --save today.session
     """
+    check_session_options(save, restore, system)
     engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
@@ -150,15 +178,29 @@ def chat(
         seed=seed,
         max_tokens=max_tokens,
     )
-    messages = opening(system)
-    session = engine.open_session()
+    session, messages = begin(engine, restore, system)
     note("Ctrl-D or /exit ends the chat, /reset forgets it, Ctrl-C stops a reply")
+    try:
+        talk(session, tokenizer, params, thinking, messages, opening(system))
+    finally:
+        keep(session, save, messages)
+
+
+def talk(
+    session: Session,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    thinking: bool | None,
+    messages: list[dict[str, str]],
+    first: list[dict[str, str]],
+) -> None:
+    """Turn after turn until the end of input or /exit. `messages` grows in place; /reset leaves `first` of it."""
     while (line := read_line()) is not None:
         command = line.strip()
         if command == "/exit":
             return
         if command == "/reset":
-            messages = opening(system)
+            messages[:] = first
             note("forgotten")
         elif re.fullmatch("/[a-z]+", command):
             note(f"{command} is no command; there are /reset and /exit")
@@ -166,8 +208,35 @@ def chat(
             turn = [*messages, question(line)]
             reply = take_turn(session, tokenizer, turn, params, thinking)
             if reply is not None:
-                messages = [*turn, {"role": "assistant", "content": reply.text}]
+                messages[:] = [*turn, answer(reply)]
                 note(reply.summary())
+
+
+def check_session_options(save: Path | None, restore: Path | None, system: str | None, raw: bool = False) -> None:
+    """Raise before the model is loaded if the options contradict each other or FILE cannot be written."""
+    if raw and system is not None:
+        raise UsageError("--system is part of the chat template, which --raw leaves out; drop one of them")
+    if save is not None:
+        opt.check_output(save)
+    if restore is not None and system is not None:
+        raise UsageError("--system begins a conversation and --restore goes on with one; drop one of them")
+
+
+def begin(engine: Engine, restore: Path | None, system: str | None) -> tuple[Session, list[dict[str, str]]]:
+    """A session, new or restored, and the messages so far."""
+    if restore is None:
+        return engine.open_session(), opening(system)
+    session = engine.restore_session(restore)
+    return session, list(session.notes.get("messages", []))
+
+
+def keep(session: Session, path: Path | None, messages: list[dict[str, str]]) -> None:
+    """Save a session with its messages, if there is a file for it."""
+    if path is None:
+        return
+    session.notes["messages"] = messages
+    session.save(path)
+    note(f"conversation kept in {path}")
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
@@ -178,6 +247,11 @@ def opening(system: str | None) -> list[dict[str, str]]:
 def question(text: str) -> dict[str, str]:
     """The user's message; the line end of a file or of echo is no part of it."""
     return {"role": "user", "content": text.removesuffix("\n")}
+
+
+def answer(reply: Reply) -> dict[str, str]:
+    """The model's message."""
+    return {"role": "assistant", "content": reply.text}
 
 
 def take_turn(

@@ -42,6 +42,12 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that already occurred.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
+Save = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keep the conversation and its KV cache in this file at the end.")
+]
+Restore = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that --save kept, its cache ready.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="Thinking mode of templates that have one (MiniCPM4.1).")
@@ -78,9 +84,12 @@ def load_engine(
     chunk: int = EngineOptions.chunk,
     attention: str | None = None,
     sparse: str | None = None,
-    logits_rows: int = EngineOptions.logits_rows,
+    **others: Any,
 ) -> Engine:
-    """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for."""
+    """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for.
+
+    `others`: further fields of EngineOptions.
+    """
     options = EngineOptions(
         context=context,
         memory=None if memory is None else parse_size(memory),
@@ -88,7 +97,7 @@ def load_engine(
         chunk=chunk,
         attention=attention or EngineOptions.attention,
         sparse=parse_sparse(sparse),
-        logits_rows=logits_rows,
+        **others,
     )
     engine = open_engine(bundle, options)
     trained = engine.bundle.manifest.limits["max_context"]

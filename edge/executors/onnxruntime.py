@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,7 @@ class OnnxRuntimeExecutor:
                 "it on the CPU"
             )
         self.num_pages = num_pages
+        self._values: list[np.ndarray] = []  # the pools' own memory, [pages, ...] each
         self._threads = threads
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -111,6 +112,7 @@ class OnnxRuntimeExecutor:
                 self._binding.bind_ortvalue_input(f"{name}.{layer}", pool)
                 self._binding.bind_ortvalue_output(f"{name}_out.{layer}", pool)
                 pools.append(pool)
+                self._values.append(values)
         return pools
 
     def step(self, batch: StepBatch) -> StepResult:
@@ -144,12 +146,45 @@ class OnnxRuntimeExecutor:
             return {}
         return {"weights": self._memory.taken(WEIGHTS), "activations": self._memory.taken(STEP)}
 
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages in every pool; see edge/executor.py."""
+        sources, targets = map(list, zip(*pairs, strict=True))
+        for values in self._values:
+            values[targets] = values[sources]
+
+    def save_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """The pages' bytes, pool after pool; see edge/executor.py."""
+        parts = [values[list(pages)].view(np.uint8).reshape(len(pages), values[0].nbytes) for values in self._values]
+        return np.concatenate(parts, axis=1)
+
+    def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
+        """Fill pages with saved bytes; see edge/executor.py."""
+        start = 0
+        for values in self._values:
+            end = start + values[0].nbytes
+            part = np.ascontiguousarray(data[:, start:end]).view(values.dtype)
+            values[list(pages)] = part.reshape(len(pages), *values.shape[1:])
+            start = end
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page; see edge/executor.py."""
+        return sum(values[0].nbytes for values in self._values)
+
+    @property
+    def page_format(self) -> str:
+        """KV type and kernels; see edge/executor.py."""
+        return f"{self._kv_type}, {self._kernels}"
+
+    @property
+    def _kernels(self) -> str:
+        return "ONNX functions (no compiled operators)" if self._library is None else self._library.stem
+
     def describe(self) -> dict[str, str]:
         """Provider, kernels, threads and KV type, for reports."""
-        kernels = "ONNX functions (no compiled operators)" if self._library is None else self._library.stem
         return {
             "executor": f"ONNX Runtime {ort.__version__} CPU",
-            "kernels": kernels,
+            "kernels": self._kernels,
             "threads": str(self._threads),
             "kv": self._kv_type,
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -215,6 +215,46 @@ class TensorRTExecutor:
         for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step", "penalty", "seen"):
             if (values := getattr(params, name)) is not None:
                 self._staging.put(name, values)
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Queue the copies, pool by pool, before all later steps; see edge/executor.py."""
+        for source, target in pairs:
+            for pool in self._kv.values():
+                self._stream.copy(pool.row(target), pool.row(source))
+
+    def save_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """The pages' bytes, pool after pool; see edge/executor.py."""
+        data = np.empty((len(pages), self.page_bytes), np.uint8)
+        for row, page in zip(data, pages, strict=True):
+            for part, pool in self._parts(row):
+                self._stream.download(part, pool.row(page))
+        self._stream.synchronize()
+        return data
+
+    def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
+        """Fill pages with saved bytes; see edge/executor.py."""
+        for row, page in zip(data, pages, strict=True):
+            for part, pool in self._parts(row):
+                self._stream.upload(pool.row(page), part)
+        self._stream.synchronize()
+
+    def _parts(self, row: np.ndarray) -> Iterator[tuple[np.ndarray, DeviceArray]]:
+        """A saved page's bytes pool by pool."""
+        start = 0
+        for pool in self._kv.values():
+            end = start + pool.row(0).nbytes
+            yield row[start:end], pool
+            start = end
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page; see edge/executor.py."""
+        return sum(pool.row(0).nbytes for pool in self._kv.values())
+
+    @property
+    def page_format(self) -> str:
+        """KV type, and the order of the GPU kernels, one for all devices; see edge/executor.py."""
+        return f"{self._kv_type}, GPU kernels"
 
     def describe(self) -> dict[str, str]:
         """TensorRT, device, KV type and how decoding runs, for reports."""

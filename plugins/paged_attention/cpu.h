@@ -188,7 +188,9 @@ void attend(const AttentionStep& s, const T* pool, const std::vector<TokenTile>&
   std::vector<std::vector<Partial>> partials(tiles.size());
   for (size_t i = 0; i < tiles.size(); ++i) {
     const int64_t blocks = choices[i].blocks.size();
-    const int64_t parts = tiles[i].last - tiles[i].first > 1 ? 1 : (blocks + kPartBlocks - 1) / kPartBlocks;
+    // Not for what a longer step leaves alone in its first tile: how a prompt is cut must not change how it is rounded.
+    const int64_t b = tiles[i].sequence, tokens = s.query_start[b + 1] - s.query_start[b];
+    const int64_t parts = tokens > 1 ? 1 : (blocks + kPartBlocks - 1) / kPartBlocks;
     if (parts > 1) partials[i].resize(parts);
     for (int64_t p = 0; p < parts; ++p)
       tasks.push_back({i, blocks * p / parts, blocks * (p + 1) / parts, parts > 1 ? &partials[i][p] : nullptr});
