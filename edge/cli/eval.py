@@ -22,6 +22,9 @@ from edge.eval.tasks import PERPLEXITY, TASKS, HaystackPlan, recognise_language,
 from edge.plan import ALWAYS_DENSE
 from edge.text import Tokenizer
 
+# Every prompt is to be timed as if it were the first, and perplexity wants the logits of all tokens.
+_MEASURED = {"prefix_cache": False, "logits_rows": opt.MANY_ROWS}
+
 
 def evaluate(
     bundle: opt.BundlePath,
@@ -69,9 +72,7 @@ def evaluate(
         if path is not None:
             opt.check_output(path)
     longest = _longest(names, plan, window, context)
-    # Every prompt is to be timed as if it were the first.
-    cold = {"prefix_cache": False, "logits_rows": opt.MANY_ROWS}
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, **cold)
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, **_MEASURED)
     tokenizer = load_tokenizer(engine)
     settings = _settings(engine, tokenizer, names, plan, language, raw, filler)
     with progress_bar("evaluating", quiet=json) as progress:
