@@ -17,6 +17,7 @@ from edge.executor import DecodingExecutor, Executor
 from edge.kv_cache import KVCache
 from edge.memory.fit import make_plan
 from edge.memory.ledger import headroom
+from edge.memory.measured import Compared, compare
 from edge.plan import ALWAYS_DENSE, EngineOptions, Plan
 from edge.reuse import Modes, common_prefix, record
 from edge.sampler import Sampler, SamplingParams
@@ -253,6 +254,10 @@ class Engine:
         if sparse is None or sparse.dense_len == ALWAYS_DENSE:
             return "dense"
         return f"sparse, {sparse.selected_blocks} blocks, from {max(sparse.dense_len, 0)} tokens on"
+
+    def ledger(self) -> tuple[Compared, ...]:
+        """The plan's lines beside what the run has taken so far."""
+        return compare(self.plan.lines, self._executor.memory())
 
     def describe(self) -> dict[str, str]:
         """Facts for reports: model, weights, executor, threads, KV type, attention, bundle key."""

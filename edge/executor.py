@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -68,6 +68,13 @@ class Executor(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Facts for reports: provider, kernels, threads, KV type."""
+        ...
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes that the run has taken so far, by the names of its plan's lines (edge/memory/ledger.py).
+
+        A line that cannot be measured here is left out.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,3 +40,6 @@ class WrappedExecutor:
 
     def describe(self) -> dict[str, str]:
         return self.inner.describe()
+
+    def memory(self) -> Mapping[str, int]:
+        return self.inner.memory()

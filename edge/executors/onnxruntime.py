@@ -13,12 +13,14 @@ import numpy as np
 import onnxruntime as ort
 
 from edge.bundle import GRAPH, Bundle
+from edge.bundle import WEIGHTS as WEIGHTS_FILE
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
-from edge.kv_cache import pool_shapes
-from plugins.ort.library import register
-from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, Taken, is_exhausted
+from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
+from edge.memory.measured import anonymous_bytes, mapped_bytes, resident_bytes
+from plugins.ort.library import attention_peak, register
+from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, is_exhausted
 
 # How numpy holds a pool, and ONNX's number of its type.
 _POOL_TYPES = {"float32": (np.float32, 1), "float16": (np.float16, 10), "bfloat16": (np.uint16, 16)}
@@ -57,6 +59,9 @@ class OnnxRuntimeExecutor:
             )
         self.num_pages = num_pages
         self._values: list[np.ndarray] = []  # the pools' own memory, [pages, ...] each
+        self._names: list[str] = []  # and their names
+        self._weights_file = bundle.file(WEIGHTS_FILE)
+        self._most_rows = 0  # of logits that a step gave
         self._threads = threads
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -113,6 +118,7 @@ class OnnxRuntimeExecutor:
                 self._binding.bind_ortvalue_output(f"{name}_out.{layer}", pool)
                 pools.append(pool)
                 self._values.append(values)
+                self._names.append(name)
         return pools
 
     def step(self, batch: StepBatch) -> StepResult:
@@ -121,6 +127,7 @@ class OnnxRuntimeExecutor:
             if name in self._input_names:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name), np.int32))
         rows, buffer = len(batch.logits_rows), self._logits
+        self._most_rows = max(self._most_rows, rows)
         if rows <= len(buffer):
             shape = (rows, buffer.shape[1])
             self._binding.bind_output("logits", "cpu", 0, np.float32, shape, buffer.ctypes.data)
@@ -140,11 +147,23 @@ class OnnxRuntimeExecutor:
             return StepResult(buffer[:rows].copy())  # the next step overwrites it
         return StepResult(self._binding.get_outputs()[-1].numpy())
 
-    def memory(self) -> dict[str, Taken]:
-        """Bytes of packed weights and of a step's tensors, as ONNX Runtime took them; empty if nothing was reserved."""
-        if self._memory is None:
-            return {}
-        return {"weights": self._memory.taken(WEIGHTS), "activations": self._memory.taken(STEP)}
+    def memory(self) -> dict[str, int]:
+        """Bytes taken; see edge/executor.py. Of regions and attention the most there were, of all else what there is."""
+        pools = dict.fromkeys(("kv cache", "compressed keys"), 0)
+        for name, values in zip(self._names, self._values, strict=True):
+            pools["compressed keys" if name in COMPRESSED_POOLS else "kv cache"] += values.nbytes
+        own = {"logits": self._logits.nbytes + self._most_rows * self._logits.itemsize * self._logits.shape[1]}
+        if self._memory is not None:
+            own |= {"weights": self._memory.taken(WEIGHTS).peak, "activations": self._memory.taken(STEP).peak}
+        if (attention := attention_peak()) is not None:
+            own["attention"] = attention
+        measured = {name: size for name, size in pools.items() if size} | own
+        if (mapped := mapped_bytes(self._weights_file)) is not None:
+            measured["weights, mapped"] = mapped
+        if (anonymous := anonymous_bytes()) is not None and self._memory is not None:
+            resident = sum(resident_bytes(values) for values in self._values)
+            measured["process"] = max(0, anonymous - resident - sum(own.values()))
+        return measured
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages in every pool; see edge/executor.py."""

@@ -18,8 +18,17 @@ Ledger = Callable[[Run], tuple[Line, ...]]
 
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     """The plan of a run on the CPU; `fit_plan` has the rules."""
+    from plugins.ort.library import multiplies_pairs
+
     subject, limit = subject_of(bundle), bundle.manifest.limits["max_context"]
-    run = Run(options.context or limit, chunk=options.chunk, rows=options.logits_rows, threads=options.threads)
+    subject = replace(subject, config=replace(subject.config, sparse=resolve_sparse(bundle, options)))
+    run = Run(
+        options.context or limit,
+        chunk=options.chunk,
+        rows=options.logits_rows,
+        threads=options.threads,
+        pairs=multiplies_pairs(),
+    )
     return fit_plan(bundle, options, lambda r: cpu_ledger(subject, r), run, free=available_memory())
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from edge.config import ModelConfig
 from edge.kv_cache import COMPRESSED_POOLS, KV_BYTES, pages_for, pool_shapes
-from edge.memory.step import attention_bytes, step_bytes
+from edge.memory.attention import attention_bytes
+from edge.memory.step import step_bytes
 from edge.memory.weights import StoredWeights, cpu_weight_bytes
 from plugins import PAGE_TOKENS
 
@@ -47,7 +48,8 @@ class Subject:
 class Run:
     """How it runs: `sequences` of up to `context` tokens, `chunk` prompt tokens a step, logits of up to `rows` rows.
 
-    resident: KV pages in memory if the others are offloaded; None keeps all of them.
+    pairs: whether the processor multiplies pairs of bfloat16 (plugins/ort/library.py knows). resident: KV pages in
+    memory if the others are offloaded; None keeps all of them.
     """
 
     context: int
@@ -55,6 +57,7 @@ class Run:
     chunk: int = 512
     rows: int = 1
     threads: int = 1
+    pairs: bool = False
     resident: int | None = None
 
     @property
@@ -97,10 +100,19 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
     config = subject.config
     weights = cpu_weight_bytes(config, subject.weights)
     step = step_bytes(config, subject.weights, run.tokens, run.rows)
+    attention = attention_bytes(
+        config,
+        subject.kv,
+        tokens=run.tokens,
+        sequences=run.sequences,
+        threads=run.threads,
+        context=run.context,
+        pairs=run.pairs,
+    )
     working = [
         *cache_lines(subject, run),
         Line("activations", step, f"steps of {run.tokens} tokens"),
-        Line("attention", attention_bytes(config, run.tokens, run.threads, run.context), f"{run.threads} threads"),
+        Line("attention", attention, f"{run.threads} threads"),
         Line("logits", 2 * 4 * run.rows * config.vocab_size, f"{run.rows} rows, and a copy"),
         Line("headroom", headroom(weights.packed) + headroom(step), "for what the formulas miss"),
     ]

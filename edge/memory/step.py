@@ -11,12 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from edge.config import ModelConfig
-from edge.kv_cache import pages_for
 from edge.memory.weights import TABLE_BYTES, Matrix, StoredWeights, matrices
-from plugins import PAGE_TOKENS
 
 _ALIGNMENT = 64
-TILE_ROWS = 512  # query rows of one attention task (plugins/paged_attention/cpu.h)
 
 
 @dataclass
@@ -141,14 +138,3 @@ def _workspace(matrix: Matrix, tokens: int) -> int:
 def _add_norm(c: ModelConfig, tokens: int) -> Iterator[_Node]:
     size = 4 * tokens * c.hidden_size
     yield _Node({"total": size, "normed": size}, frees=("hidden", "branch"), renames={"total": "hidden"})
-
-
-def attention_bytes(config: ModelConfig, tokens: int, threads: int, context: int) -> int:
-    """What attention's threads work in besides (plugins/paged_attention/tile.h, plugins/infllmv2/select.h)."""
-    rows = min(TILE_ROWS, max(1, tokens) * config.group_size)
-    tile = rows * (2 * config.head_dim + 2 * PAGE_TOKENS + 2) + 2 * PAGE_TOKENS * config.head_dim
-    choice = 0
-    if config.sparse is not None:  # a score for each token and block of a tile, a bit for each of the step
-        tile += max(1, rows // config.group_size) * pages_for(context)
-        choice = tokens * config.num_key_value_heads * pages_for(context) // 32
-    return 4 * (threads * tile + choice)

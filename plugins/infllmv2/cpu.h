@@ -5,11 +5,14 @@
 namespace edge {
 
 // Blocks that any token of the tile selected.
-inline std::vector<int32_t> selected_by_any(const BlockMask& mask, const TokenTile& tile) {
-  std::vector<uint64_t> any(mask.words);
+inline Buffer<int32_t> selected_by_any(const BlockMask& mask, const TokenTile& tile) {
+  Buffer<uint64_t> any(mask.words);
   for (int64_t t = tile.first; t < tile.last; ++t)
     for (int64_t w = 0; w < mask.words; ++w) any[w] |= mask.row(t, tile.head)[w];
-  std::vector<int32_t> blocks;
+  int64_t count = 0;
+  for (const uint64_t bits : any) count += __builtin_popcountll(bits);
+  Buffer<int32_t> blocks;
+  blocks.reserve(count);
   for (int64_t w = 0; w < mask.words; ++w)
     for (uint64_t bits = any[w]; bits != 0; bits &= bits - 1) blocks.push_back(w * 64 + __builtin_ctzll(bits));
   return blocks;
@@ -40,6 +43,7 @@ void infllmv2_attention(const AttentionStep& s, T* pool, T* fine, T* coarse, con
     }
   };
   std::vector<BlockChoice<InMask>> choices;
+  choices.reserve(tiles.size());
   for (const auto& tile : tiles) choices.push_back({selected_by_any(mask, tile), InMask{&mask, tile.head}});
   attend<T, E>(s, pool, tiles, choices, parallel);
 }

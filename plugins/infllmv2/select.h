@@ -5,7 +5,6 @@
 // blocks' scores are kept: 4 bytes a block and token of one tile.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "plugins/infllmv2/compress.h"
 
@@ -21,7 +20,7 @@ struct SparseSettings {
 // One bit a block, a row of words for every token and KV head.
 struct BlockMask {
   int64_t words, kv_heads;
-  std::vector<uint64_t> bits;
+  Buffer<uint64_t> bits;
 
   BlockMask(int64_t tokens, int64_t heads, int64_t blocks)
       : words((blocks + 63) / 64), kv_heads(heads), bits(tokens * heads * words) {}
@@ -35,9 +34,9 @@ inline void set_range(uint64_t* row, int64_t first, int64_t last) {
 
 template <class T, class E>
 struct SelectionBuffers {
-  Tile<E> tile;                    // q, keys, scores and softmax state
-  std::vector<T> no_window;         // [dim], zero
-  std::vector<float> block_scores;  // [tokens, blocks]
+  Tile<E> tile;                // q, keys, scores and softmax state
+  Buffer<T> no_window;         // [dim], zero
+  Buffer<float> block_scores;  // [tokens, blocks]
 };
 
 // Windows [u, u + 64) of one sequence and head; those past the end are zero.
@@ -73,7 +72,7 @@ void score_windows(const AttentionStep& s, const T* pool, int64_t slots, const T
                    SelectionBuffers<T, E>& buffer, Use use) {
   constexpr int64_t per = kPerElement<E>;
   const int64_t rows = (tile.last - tile.first) * s.group();
-  buffer.no_window.assign(s.dim, T{});
+  fill(buffer.no_window, s.dim, T{});
   WindowRows<T> windows(s, pool, slots, tile, 0, end, buffer);
   for (int64_t u = 0; u < end; u += kPage) {
     transpose_rows([&](int64_t t) { return windows.rows[t]; }, buffer.tile.keys.data(), s.dim);
@@ -138,7 +137,7 @@ void fine_pass(const AttentionStep& s, const T* fine, const SparseSettings& sett
   const int64_t group = s.group(), last_block = s.positions[tile.last - 1] / kPage;
   const int64_t windows = (s.positions[tile.last - 1] + 1) / kStride;
   const int64_t end = std::min(windows, (last_block - settings.local_blocks) * kFineSlots + 1);
-  buffer.block_scores.assign((tile.last - tile.first) * blocks, 0.0f);
+  fill(buffer.block_scores, (tile.last - tile.first) * blocks, 0.0f);
   score_windows(s, fine, kFineSlots, tile, end, buffer, [&](int64_t u) {
     for (int64_t t = tile.first; t < tile.last; ++t) {
       const int64_t next = s.positions[t] + 1;
@@ -152,12 +151,12 @@ void fine_pass(const AttentionStep& s, const T* fine, const SparseSettings& sett
 
 // The best `count` of blocks [first, last) by (score descending, block ascending).
 inline void set_best(const float* scores, int64_t first, int64_t last, int64_t count, uint64_t* row) {
-  static thread_local std::vector<uint64_t> keys;
-  keys.clear();
+  static thread_local Buffer<uint64_t> keys;
+  make_room(keys, std::max<int64_t>(0, last - first));
   for (int64_t b = first; b < last; ++b) {
     uint32_t bits;  // of a float that is not negative: ordered as the float is
     memcpy(&bits, scores + b, sizeof bits);
-    keys.push_back(uint64_t{bits} << 32 | (UINT32_MAX - static_cast<uint32_t>(b)));
+    keys[b - first] = uint64_t{bits} << 32 | (UINT32_MAX - static_cast<uint32_t>(b));
   }
   if (count < last - first) std::nth_element(keys.begin(), keys.begin() + count, keys.end(), std::greater<>());
   for (int64_t i = 0; i < std::min(count, last - first); ++i) {

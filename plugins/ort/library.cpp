@@ -244,6 +244,9 @@ EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
 // Bytes of KV pools that attention has read since the last call.
 EDGE_EXPORT uint64_t edge_take_pool_bytes_read() { return edge::pool_bytes_read.exchange(0); }
 
+// Most bytes that attention's buffers have had at once, in this process.
+EDGE_EXPORT uint64_t edge_attention_peak() { return edge::buffer_bytes.peak; }
+
 // The memory of one executor (plugins/ort/memory.h).
 EDGE_EXPORT uint64_t edge_memory_open(uint64_t weights, uint64_t step) {
   return edge::memory_pools().open(weights, step);

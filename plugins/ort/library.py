@@ -42,6 +42,12 @@ def find_library() -> Path | None:
     return None
 
 
+def multiplies_pairs() -> bool:
+    """Whether the kernels multiply pairs of bfloat16: attention then works in half the bytes."""
+    path = find_library()
+    return path is not None and path.stem.endswith("_bf16")
+
+
 def register(options: ort.SessionOptions) -> Path | None:
     """Register the kernels with a session to come. None: there are none, and the FunctionProtos will run."""
     path = find_library()
@@ -55,9 +61,18 @@ def take_pool_bytes_read() -> int | None:
 
     None if there are no kernels. Loading the library again gives the copy that ONNX Runtime uses.
     """
+    return _counter("edge_take_pool_bytes_read")
+
+
+def attention_peak() -> int | None:
+    """Most bytes that the buffers of attention have had at once, in this process; None if there are no kernels."""
+    return _counter("edge_attention_peak")
+
+
+def _counter(name: str) -> int | None:
     path = find_library()
     if path is None:
         return None
-    take = ctypes.CDLL(str(path)).edge_take_pool_bytes_read
-    take.argtypes, take.restype = (), ctypes.c_uint64
-    return int(take())
+    count = getattr(ctypes.CDLL(str(path)), name)
+    count.argtypes, count.restype = (), ctypes.c_uint64
+    return int(count())

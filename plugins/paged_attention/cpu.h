@@ -5,6 +5,7 @@
 // runs online over blocks: nothing grows with the context but a list of block numbers.
 #pragma once
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 #include "plugins/ort/parallel.h"
@@ -109,7 +110,7 @@ inline std::vector<TokenTile> token_tiles(const AttentionStep& s) {
 // selected(t, block); blocks past the token itself are left out by the kernel.
 template <class Selected>
 struct BlockChoice {
-  std::vector<int32_t> blocks;
+  Buffer<int32_t> blocks;
   Selected selected;
 };
 
@@ -157,7 +158,7 @@ inline void write_rows(const AttentionStep& s, const TokenTile& tile, const floa
 
 // What several threads found for one tile, each over a part of its blocks.
 struct Partial {
-  std::vector<float> out, row_max, row_sum;
+  Buffer<float> out, row_max, row_sum;
 };
 
 // Brings the parts to their common maximum and adds them up in the first.
@@ -217,10 +218,12 @@ void paged_attention(const AttentionStep& s, T* pool, Parallel parallel) {
   const auto every = [](int64_t, int64_t) { return true; };
   const auto tiles = token_tiles(s);
   std::vector<BlockChoice<decltype(every)>> choices;
+  choices.reserve(tiles.size());
   for (const auto& tile : tiles) {
     choices.push_back({{}, every});
     const int64_t blocks = s.positions[tile.last - 1] / kPage + 1;
-    for (int64_t block = 0; block < blocks; ++block) choices.back().blocks.push_back(block);
+    choices.back().blocks.resize(blocks);
+    std::iota(choices.back().blocks.begin(), choices.back().blocks.end(), 0);
   }
   attend<T, E>(s, pool, tiles, choices, parallel);
 }

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "plugins/ort/multiply.h"
 #include "plugins/ort/simd.h"
+#include "plugins/paged_attention/buffer.h"
 
 namespace edge {
 
@@ -103,18 +103,18 @@ inline void transpose_rows(Row row, Pair* out, int64_t dim) {
 // Buffers of one thread; they keep their size from call to call.
 template <class E>
 struct Tile {
-  std::vector<E> q, keys, values, weights;
-  std::vector<float> scores, out, row_max, row_sum;
+  Buffer<E> q, keys, values, weights;
+  Buffer<float> scores, out, row_max, row_sum;
 
   void start(int64_t rows, int64_t dim) {
-    q.resize(rows * dim / kPerElement<E>);
-    out.assign(rows * dim, 0.0f);
-    row_max.assign(rows, std::numeric_limits<float>::lowest());
-    row_sum.assign(rows, 0.0f);
-    scores.resize(rows * kPage);
-    weights.resize(rows * kPage / kPerElement<E>);
-    keys.resize(dim * kPage / kPerElement<E>);
-    values.resize(dim * kPage / kPerElement<E>);
+    make_room(q, rows * dim / kPerElement<E>);
+    fill(out, rows * dim, 0.0f);
+    fill(row_max, rows, std::numeric_limits<float>::lowest());
+    fill(row_sum, rows, 0.0f);
+    make_room(scores, rows * kPage);
+    make_room(weights, rows * kPage / kPerElement<E>);
+    make_room(keys, dim * kPage / kPerElement<E>);
+    make_room(values, dim * kPage / kPerElement<E>);
   }
 };
 

@@ -1,0 +1,46 @@
+"""One run in a process of its own: the whole context is generated, then its ledger is printed as JSON.
+
+python -m tests.ledger_run BUNDLE OPTIONS: OPTIONS are fields of EngineOptions as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from edge.engine import Engine, open_engine
+from edge.plan import EngineOptions
+from edge.sampler import SamplingParams
+
+REPLY = 3  # tokens; a prompt has the rest of the context
+
+
+def generate_all(engine: Engine) -> int:
+    """Fill the context with a random prompt and a short reply -> tokens of the reply."""
+    prompt = np.random.default_rng(0).integers(5, engine.vocab_size, engine.max_context - REPLY).tolist()
+    params = SamplingParams(temperature=0, max_tokens=REPLY, ignore_eos=True)
+    return len(list(engine.generate(prompt, params)))
+
+
+def main() -> None:
+    """Run, and print the engine's lines and what the process had at most."""
+    engine = open_engine(Path(sys.argv[1]), EngineOptions(**json.loads(sys.argv[2])))
+    replied = generate_all(engine)
+    rows = engine.plan.run.rows
+    engine.logits(list(range(5, 5 + rows)), last=rows)
+    if engine.max_context > engine.plan.run.chunk:  # a thread that has had no task has no buffers yet
+        for _ in range(20):
+            attention = next(row for row in engine.ledger() if row.name == "attention")
+            if attention.measured is None or attention.measured >= 0.97 * attention.planned:
+                break
+            engine.logits(list(range(5, 5 + engine.max_context % 4096)), last=1)
+    rows_of = [asdict(row) for row in engine.ledger()]
+    print(json.dumps({"replied": replied, "context": engine.max_context, "total": engine.plan.total, "lines": rows_of}))
+
+
+if __name__ == "__main__":
+    main()
