@@ -34,9 +34,9 @@ from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
 from edge.bench.machine import describe_machine
-from edge.bench.models import MINICPM4_05B
 from edge.bench.report import write_text
 from edge.bundle import open_bundle
+from edge.models import MINICPM4_05B
 
 SHORT, LONGEST_FULL = 2048, 8192  # repeated in rounds up to here; all layers in llama.cpp up to here
 FEW_LAYERS = 2

@@ -19,10 +19,10 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bundle import Bundle, open_bundle
 from edge.config import SparseConfig
 from edge.executors.onnxruntime import OnnxRuntimeExecutor
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from plugins.ort.library import take_pool_bytes_read
 from tests.bench_samples import of_class
 from tests.synthetic import tiny_config, write_hf_checkpoint

@@ -120,8 +120,8 @@ def export(
 
     long_context = LongContext(attention or "model", parse_sparse(sparse), rope or "model")
     check_place(out, overwrite)  # before minutes of reading
-    source, ternary = _open(checkpoint), None
-    if (kind := weights or _best_kind(source, requantize)) == "ternary":
+    source, ternary = open_source(checkpoint), None
+    if (kind := weights or best_kind(source, requantize)) == "ternary":
         ternary = _find_codes(source, requantize, group_size, quiet=json)
         source = ternary.checkpoint
     elif requantize is not None:
@@ -134,7 +134,7 @@ def export(
     report_bundle(bundle, ternary, as_json=json)
 
 
-def _best_kind(source: Checkpoint, requantize: str | None) -> str:
+def best_kind(source: Checkpoint, requantize: str | None) -> str:
     from build_engine.ternary import is_ternary
 
     return "ternary" if requantize is not None or is_ternary(source) else "w4a16"
@@ -150,7 +150,7 @@ def _find_codes(source: Checkpoint, arithmetic: str | None, group_size: int | No
         return requantize(source, arithmetic, group_size, progress)
 
 
-def _open(path: Path) -> Checkpoint:
+def open_source(path: Path) -> Checkpoint:
     from build_engine.checkpoint import open_checkpoint
     from build_engine.selftest_model import NAME, selftest_checkpoint
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bundle import Manifest
 from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from plugins import PAGE_TOKENS
 from plugins.embedding.vectors import rows_vector
 from plugins.infllmv2.vectors import compress_vector, score_vector, select_vector
