@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from edge.bundle import WEIGHTS, Bundle
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
-from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
+from edge.kv_cache import pages_for, pool_layout
 from edge.machine import available_memory, usable_cores
 from plugins import PAGE_TOKENS
 
@@ -55,8 +54,8 @@ class Plan:
 
 def kv_page_bytes(bundle: Bundle) -> int:
     """Bytes of one page over all layers: 64 tokens of keys and values, and their compressed keys."""
-    values = sum(math.prod(shape) for shape in pool_shapes(bundle.config).values())
-    return bundle.config.num_hidden_layers * values * KV_BYTES[bundle.manifest.types["kv"]]
+    pools = pool_layout(bundle.config, bundle.manifest.types).values()
+    return bundle.config.num_hidden_layers * sum(pool.nbytes for pool in pools)
 
 
 def _weights_bytes(bundle: Bundle) -> int:

@@ -8,7 +8,6 @@ decode step is captured with all of it: embedding, layers, head, the draw, and f
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,12 +19,13 @@ from edge.errors import EdgeError
 from edge.executor import DrawParams, StepBatch, StepResult
 from edge.executors.staging import Layout, Staging, layout_bytes
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
-from edge.kv_cache import pool_shapes
+from edge.kv_cache import pool_layout
 from plugins.launch import Launch
 from plugins.sampling.launch import advance, sample
 
 BURST = 16  # decode steps between two looks of the host
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_HELD_AS = {"float16": np.uint16, "bfloat16": np.uint16, "int8": np.int8, "float32": np.float32}  # pools, by type
 log = logging.getLogger(__name__)
 
 
@@ -62,9 +62,9 @@ class TensorRTExecutor:
             "token": self._pool.take((sizes.rows,), _INT32),
         }
         self._kv = {
-            f"{name}.{layer}": self._pool.take((sizes.pages, *page), np.uint16)
+            f"{name}.{layer}": self._pool.take((sizes.pages, *page.shape), _HELD_AS[page.dtype])
             for layer in range(bundle.config.num_hidden_layers)
-            for name, page in pool_shapes(bundle.config).items()
+            for name, page in pool_layout(bundle.config, bundle.manifest.types).items()
         }
         working = self._pool.take((engine.working_bytes,), np.uint8)
         self._prefill, self._decode = (self._bind(profile, working) for profile in ("prefill", "decode"))
@@ -219,13 +219,13 @@ def _inputs(sizes: Sizes, vocabulary: int) -> Layout:
 def pool_bytes(bundle: Bundle, engine: LoadedEngine, sizes: Sizes) -> int:
     """Size of the executor's pool, to the byte: what it takes, in its order."""
     config = bundle.config
-    page = [math.prod(shape) * 2 for shape in pool_shapes(config).values()]
+    pages = [sizes.pages * page.nbytes for page in pool_layout(config, bundle.manifest.types).values()]
     parts: Sequence[int] = [
         layout_bytes(_inputs(sizes, config.vocab_size)),
         4 * BURST * sizes.sequences,
         4 * sizes.rows * config.vocab_size,
         4 * sizes.rows,
-        *[sizes.pages * size for size in page] * config.num_hidden_layers,
+        *pages * config.num_hidden_layers,
         engine.working_bytes,
     ]
     return Pool.bytes_for(parts)
