@@ -120,7 +120,7 @@ def tolerance(how: str, case: Ragged) -> float:
     return 5e-4 * max(1.0, case.magnitude) if how == "x86_64_v4_bf16" else exact
 
 
-def check_dense(how: str, case: Ragged, feeds: Feeds) -> None:
+def check_dense(how: str, case: Ragged, feeds: Feeds, close: float | None = None) -> None:
     after = run(how, case, feeds)
     check_pools(how, case, feeds, after)
     q, _, _ = rotated64(case, feeds)
@@ -134,7 +134,7 @@ def check_dense(how: str, case: Ragged, feeds: Feeds) -> None:
                 scores = keys[:, h // case.group] @ q[row, h] * case.dim**-0.5
                 weights = np.exp(scores - scores.max())
                 expected[row, h] = weights @ values[:, h // case.group] / weights.sum()
-    close = tolerance(how, case)
+    close = close or tolerance(how, case)
     np.testing.assert_allclose(after["output"], expected.reshape(len(q), -1), rtol=0, atol=close, err_msg=how)
 
 
@@ -157,6 +157,17 @@ def test_dense_function_and_meaning(case: Ragged) -> None:
 def test_a_long_context_is_split_over_threads(how: str, magnitude: float) -> None:
     case = Ragged(past=(3000, 1024, 1023), new=(1, 1, 1), group=4, dim=64, magnitude=magnitude)
     check_dense(how, case, int8_feeds(case))
+
+
+@pytest.mark.parametrize("how", KERNELS)
+def test_queries_of_two_whole_bytes_are_multiplied_exactly(how: str) -> None:
+    """15-bit queries, whose lower bytes add up instead of cancelling; only the weights are rounded, to 16 bits."""
+    case = Ragged(past=(200,), new=(3,), dim=64, group=8, kv_heads=1)
+    feeds = int8_feeds(case)
+    whole = 128 * np.random.default_rng(0).integers(-120, 120, (3, 8, 64)) + 60
+    whole[..., 0] = 127 * 128
+    feeds["qkv"].reshape(3, 10, 64)[:, :8] = whole * 2.0**-12
+    check_dense(how, case, feeds | {"cos": np.ones_like(feeds["cos"]), "sin": np.zeros_like(feeds["sin"])}, 1.5e-4)
 
 
 @pytest.mark.parametrize("how", EVERY)
