@@ -17,6 +17,7 @@ from edge.cli import options as opt
 from edge.cli.console import note, out, print_json
 from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError, UsageError
+from edge.kv_cache import KV_BYTES
 from edge.machine import usable_cores
 from edge.memory.advice import Change, Largest, Ledger, changes, largest
 from edge.memory.attended import least_slots
@@ -148,7 +149,10 @@ def _subject(model: str, target: str | None, wish: _Wish) -> tuple[str, str, Sub
     else:
         name, config, stored = _of_checkpoint(path, target, wish)
     kv = wish.kv or ("float16" if target != CPU_TARGET else "float32" if stored.kind == "exact" else "bfloat16")
-    return name, target, Subject(_attending(config, wish.attention), stored, kv)
+    types = {"activation": "float32" if target == CPU_TARGET else "float16", "kv": kv}
+    if kv not in KV_BYTES:
+        raise UsageError(f"unknown --kv {kv!r}; choose one of {', '.join(KV_BYTES)}")
+    return name, target, Subject(_attending(config, wish.attention), stored, types)
 
 
 def _usual_weights(name: str, target: str, wish: _Wish) -> StoredWeights:

@@ -76,7 +76,7 @@ def _candidates(
         return s
 
     if subject.kv != "int8":
-        yield "--kv int8", lambda s: replace(s, kv="int8"), same_run
+        yield "--kv int8", lambda s: replace(s, types={**s.types, "kv": "int8"}), same_run
     if BITS[subject.weights.kind] < 16 and subject.weights.head != "int4":
         yield "--head int4", lambda s: replace(s, weights=replace(s.weights, head="int4")), same_run
     for chunk in (c for c in reversed(list(_powers(run.chunk // 2))) if c >= _LEAST_CHUNK):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")
 # Best first. The flags are those of /proc/cpuinfo; an entry is used if the processor has them all.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "x86_64_v4_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16"),
-        "x86_64_v4": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"),
+        "x86_64_v4_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
+        "x86_64_v4": _AVX512,
         "x86_64_v3": ("avx2", "fma", "f16c", "bmi2"),
     },
     "aarch64": {"armv8_2": ("asimdhp", "asimddp")},
