@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
+from onnx import helper
 
 from build_engine.checkpoint import Checkpoint
 from build_engine.formats import Target, WeightFormat, make_target, plugin_kernels

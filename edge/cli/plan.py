@@ -124,7 +124,7 @@ def _place(device: str | None, budget: str | None) -> tuple[Device, str | None]:
         place = find_device("cpu" if device is None else device)
         return place, None if device is None else place.target
     if device is None:
-        return Device(f"{budget} of memory", CPU_TARGET, opt.parse_size(budget)), None
+        return Device("the budget", CPU_TARGET, opt.parse_size(budget)), None
     place = find_device(device)
     return replace(place, memory=opt.parse_size(budget), system=0), place.target
 
@@ -223,7 +223,8 @@ def _refusal(answer: Planned) -> str:
     sentence = f"{answer.name} needs {_size(total(answer.lines))} and {answer.device} has {_size(answer.budget)}"
     if not answer.changes or not answer.changes[-1].fits:
         return f"{sentence}; {_size(short)} too little even with all of the changes above, so choose a smaller model"
-    return f"{sentence}; make the changes above: {' '.join(change.option for change in answer.changes)}"
+    options = {change.option.split()[0]: change.option for change in answer.changes}  # the last --chunk counts
+    return f"{sentence}; make the changes above: {' '.join(options.values())}"
 
 
 def _terminal(answer: Planned) -> Group:

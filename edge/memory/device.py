@@ -34,7 +34,9 @@ def device_ledger(subject: Subject, run: Run, device: Device) -> tuple[Line, ...
             f"steps of {run.tokens} tokens, estimated",
         ),
         Line(
-            "inputs and logits", inputs + logits * (2 if device.is_integrated else 1), f"{run.sequences} rows of logits"
+            "inputs and logits",
+            inputs + logits * (2 if device.is_integrated else 1),
+            f"{run.sequences} x {config.vocab_size} logits",
         ),
         Line("cuda context", device.context, "assumed"),
     ]
