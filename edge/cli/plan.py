@@ -31,7 +31,7 @@ from edge.plan import subject_of
 
 MIB = 1 << 20
 CPU_TARGET = "onnxruntime"
-_BAR = 24  # columns of the longest bar
+_BAR = 16  # columns of the longest bar
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _title(answer: Planned) -> str:
     head = "" if weights.kind in ("exact", "fp16") else f", {weights.head} head"
     sequences = "" if run.sequences == 1 else f"{run.sequences} x "
     return (
-        f"{answer.name} on {answer.device}: {weights.kind}{head}, {answer.subject.kv} cache, {attention} attention, "
+        f"{answer.name} on {answer.device}\n{weights.kind}{head}, {answer.subject.kv} cache, {attention} attention, "
         f"{sequences}{run.context} tokens"
     )
 
