@@ -19,7 +19,7 @@ INSTRUCTION_SETS = {
     "x86_64": {
         "x86_64_v3": ["-march=x86-64-v3"],
         "x86_64_v4": ["-march=x86-64-v4"],
-        "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+        "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"],
     },
     "aarch64": {"armv8_2": ["-march=armv8.2-a+fp16+dotprod"]},
 }

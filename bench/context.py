@@ -34,9 +34,9 @@ from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
 from edge.bench.machine import describe_machine
-from edge.bench.models import MINICPM4_05B
 from edge.bench.report import write_text
 from edge.bundle import open_bundle
+from edge.models import MINICPM4_05B
 
 SHORT, LONGEST_FULL = 2048, 8192  # repeated in rounds up to here; all layers in llama.cpp up to here
 FEW_LAYERS = 2
@@ -45,7 +45,7 @@ LLAMA = llama_modes("int4")
 MB, GB = 1e6, 1e9
 MINIMUM = """\
 KV MB: keys, values and compressed keys that attention reads in a step, as it counts them.
-minimum: a layer's 2 Hkv d b n; if sparse, 2 Hkv d b 6144 + Hkv d b (n/16 + n/64).
+minimum: a layer's 2 Hkv d b n; if sparse, 2 Hkv d b 6144 + Hkv d b (n/16 + n/64). Scales of int8 are counted.
 Below 1: the last block is not full, and local blocks need no score."""
 
 Row = dict[str, Measured]
@@ -129,7 +129,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds over the contexts; long prompts get a third.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded by every measurement.", min=2)] = 48,
     threads: Annotated[int, typer.Option(help="Threads of both engines.")] = 2,
-    kv: Annotated[str, typer.Option(help="Our KV cache: bfloat16, float16 or float32.")] = "bfloat16",
+    kv: Annotated[str, typer.Option(help="Our KV cache: bfloat16, float16, float32 or int8.")] = "bfloat16",
     head: Annotated[str, typer.Option(help="Our head: int4, as Q4_0 has, or int8, our default.")] = "int4",
     folder: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("build/bench"),
     plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("build/bench/context.svg"),

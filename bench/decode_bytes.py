@@ -12,19 +12,29 @@ from edge.bundle import GRAPH, Bundle
 from edge.config import ModelConfig, SparseConfig
 
 
-def minimum_pool_bytes(config: ModelConfig, context: int, value_bytes: int, sparse: SparseConfig | None) -> int:
+def minimum_pool_bytes(
+    config: ModelConfig,
+    context: int,
+    value_bytes: int,
+    sparse: SparseConfig | None,
+    *,
+    scale_bytes: int = 0,
+    compressed_bytes: int | None = None,
+) -> int:
     """Bytes of keys, values and compressed keys that one step at `context` tokens reads, over all layers.
 
     Dense (`sparse` None, or a context that is not computed sparsely): 2 Hkv d b n a layer. Sparse: 2 Hkv d b T for the
     T tokens of the selected blocks and Hkv d b (n/16 + n/64) for their choice, which is no choice up to T tokens.
+    scale_bytes: of each key and value besides; compressed_bytes: b of compressed keys, if it is another.
     """
-    row = config.num_key_value_heads * config.head_dim * value_bytes
+    row = config.num_key_value_heads * (config.head_dim * value_bytes + scale_bytes)
+    compressed = config.num_key_value_heads * config.head_dim * (compressed_bytes or value_bytes)
     per_layer = 2 * row * context
     if sparse is not None and sparse.is_sparse(context):
         selected = sparse.selected_blocks * sparse.block_size
         if context > selected:
             windows = context // sparse.kernel_stride + context // (4 * sparse.kernel_stride)
-            per_layer = 2 * row * selected + row * windows
+            per_layer = 2 * row * selected + compressed * windows
     return config.num_hidden_layers * per_layer
 
 

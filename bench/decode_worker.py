@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from edge.bundle import Bundle, open_bundle
 from edge.errors import EdgeError
 from edge.executor import StepBatch
 from edge.executors.onnxruntime import OnnxRuntimeExecutor
-from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
+from edge.kv_cache import KV_BYTES, compressed_type, pages_for, pool_layout
 from plugins.ort.library import find_library, take_pool_bytes_read
 
 MODES = ("sparse", "dense")
@@ -35,7 +35,8 @@ TOKEN = 3  # which one does not matter
 DRAWN = 1 << 22  # random values, repeated over a pool
 # The mean of n independent keys has 1 / sqrt(n) of their spread.
 SPREAD = {"kv_pool": 1.0, "c1_pool": 32**-0.5, "c2_pool": 128**-0.5}
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+INT8_SCALE = 2.6 / 127  # of vectors of 64 values, whose largest is mostly about 2.6 times their spread
 
 
 def measure(bundle: str, contexts: Sequence[int], rounds: int, steps: int, threads: int) -> dict:
@@ -72,11 +73,17 @@ def measure(bundle: str, contexts: Sequence[int], rounds: int, steps: int, threa
 
 def fill_pools(executor: OnnxRuntimeExecutor, bundle: Bundle, seed: int = 0) -> None:
     """Random normal keys and values in every page, and compressed keys of the spread that averages have."""
-    dtype = np.dtype(DTYPES[bundle.manifest.types["kv"]])
     normal = np.random.default_rng(seed).standard_normal(DRAWN, dtype=np.float32)
-    drawn = {name: (normal * np.float32(SPREAD[name])).astype(dtype) for name in pool_shapes(bundle.config)}
+    drawn = {}
+    for name, page in pool_layout(bundle.config, bundle.manifest.types).items():
+        if name == "kv_scales":
+            drawn[name] = np.full(DRAWN, INT8_SCALE, np.float32)
+        elif page.dtype == "int8":
+            drawn[name] = np.clip(np.rint(normal / INT8_SCALE), -127, 127).astype(np.int8)
+        else:
+            drawn[name] = (normal * np.float32(SPREAD[name])).astype(DTYPES[page.dtype])
     for pool, name in zip(executor._pools, cycle(drawn), strict=False):
-        values = pool_values(pool, dtype)
+        values = pool_values(pool, drawn[name].dtype)
         for start in range(0, values.size, DRAWN):
             values[start : start + DRAWN] = drawn[name][: values.size - start]
 
@@ -87,16 +94,22 @@ def pool_values(pool: ort.OrtValue, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(pool.data_ptr())), dtype)
 
 
-def decode(executor: OnnxRuntimeExecutor, context: int, steps: int, mode: str) -> tuple[list[float], float]:
+def decode(
+    executor: OnnxRuntimeExecutor,
+    context: int,
+    steps: int,
+    mode: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], float]:
     """Seconds of each of `steps` steps of one token after `context` tokens, and the pool bytes a step read."""
     seconds = []
     for step in range(-WARM_UP, steps):
         if step == 0:
             take_pool_bytes_read()
         batch = next_token(context + WARM_UP + step, mode)
-        started = time.perf_counter()
+        started = clock()
         executor.step(batch)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return seconds[WARM_UP:], (take_pool_bytes_read() or 0) / steps
 
 
@@ -118,11 +131,15 @@ def next_token(position: int, mode: str) -> StepBatch:
 
 def mean_minimum(bundle: Bundle, context: int, steps: int, mode: str) -> float:
     """`minimum_pool_bytes` over the steps that `decode` times."""
-    first, value_bytes = context + WARM_UP + 1, KV_BYTES[bundle.manifest.types["kv"]]
+    first, types = context + WARM_UP + 1, bundle.manifest.types
+    sizes = {
+        "scale_bytes": 4 if types["kv"] == "int8" else 0,
+        "compressed_bytes": KV_BYTES[compressed_type(types)],
+    }
     sparse = bundle.config.sparse if mode == "sparse" else None
-    return float(
-        np.mean([minimum_pool_bytes(bundle.config, first + step, value_bytes, sparse) for step in range(steps)])
-    )
+    lengths = range(first, first + steps)
+    least = [minimum_pool_bytes(bundle.config, n, KV_BYTES[types["kv"]], sparse, **sizes) for n in lengths]
+    return float(np.mean(least))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from build_engine.formats import WeightFormat
 from build_engine.tensorrt import BuildOptions, build_engine, build_profiles
 from build_engine.tensorrt_compile import parse
 from build_engine.tensorrt_memory import estimate_memory, graph_sizes
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bundle import GRAPH, open_bundle
 from edge.config import ModelConfig
 from edge.engine_file import ENGINES
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from edge.tensorrt import error_logger, load_flavour
 from plugins.plugin import PluginHost
 from plugins.tensorrt import register_plugins

@@ -25,7 +25,7 @@ from bench.checkpoints import write_safetensors
 from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
-from edge.bench.models import MINICPM4_8B
+from edge.models import MINICPM4_8B
 
 GIB = 1 << 30
 

@@ -30,8 +30,8 @@ from bench.weight_bytes import INT4, TERNARY, prepare_bundle
 from bench.weight_bytes import print_table as print_weight_bytes
 from build_engine.export import ExportOptions
 from edge.bench.machine import describe_machine
-from edge.bench.models import MINICPM4_05B
 from edge.bundle import open_bundle
+from edge.models import MINICPM4_05B
 
 OURS = {"int4": INT4, "ternary": TERNARY}
 PEER = {"int4": "Q4_0", "ternary": "TQ2_0, Q8_0 head"}

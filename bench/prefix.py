@@ -30,9 +30,9 @@ from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
 from edge.bench.machine import describe_machine
-from edge.bench.models import MINICPM4_05B
 from edge.bundle import open_bundle
 from edge.engine import Engine, TokenEvent, open_engine
+from edge.models import MINICPM4_05B
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 

@@ -22,8 +22,8 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.ternary import recover
-from edge.bench.models import MINICPM4_05B
 from edge.bundle import Bundle, open_bundle
+from edge.models import MINICPM4_05B
 
 INT4 = {
     "edge int4 g64": WeightFormat("w4a16", 64, symmetric=True, head="int4"),

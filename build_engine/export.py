@@ -124,7 +124,7 @@ def _kernel_modules(config: ModelConfig, target: Target, weights: WeightFormat) 
     if target.name not in TARGETS:
         return {}
     try:
-        kernels = plugin_kernels(config, weights)
+        kernels = plugin_kernels(config, weights, target.types.names["kv"])
     except EdgeError as error:
         if weights.linear == "packed":
             raise EdgeError(f"--linear packed lacks kernels for this model ({error}); use --linear native") from None
@@ -167,11 +167,7 @@ def _manifest(
             "description": _describe(options.weights, checkpoint, model),
         },
         target=target.name,
-        types={
-            "activation": helper.tensor_dtype_to_np_dtype(target.types.activation).name,
-            "kv": helper.tensor_dtype_to_np_dtype(target.types.kv).name,
-            "embedding": _embedding_type(model),
-        },
+        types={**target.types.names, "embedding": _embedding_type(model)},
         limits={"max_context": max_context(checkpoint.config, options.long_context)},
         text=None if text is None else {name: getattr(text, name) for name in settings},
         generation=checkpoint.generation,

@@ -114,13 +114,20 @@ class Target:
     tensorrt: bool
 
 
-_KV_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_KV_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int8": TensorProto.INT8,
+}
+_TENSORRT_KV_TYPES = ("float16", "int8")
+_KV_ELEMENTS = {"float16": "half", "int8": "uint8_t"}  # as kernels call them
 
 
 def make_target(name: str, weights: WeightFormat, kv: str | None = None) -> Target:
     """`onnxruntime`: float32 activations; KV as `kv` says, else float32 with exact weights and bfloat16 with others,
     the checkpoints' own type, whose pairs processors multiply fastest. `rtx` (TensorRT-RTX), `tensorrt` (desktop) and
-    `jetson`: float16 throughout.
+    `jetson`: float16 throughout, or with an int8 cache.
     """
     if name == "onnxruntime":
         if weights.linear == "packed":
@@ -133,8 +140,9 @@ def make_target(name: str, weights: WeightFormat, kv: str | None = None) -> Targ
         raise UsageError(f"unknown target {name!r}; choose onnxruntime, rtx, tensorrt or jetson")
     if weights.embedding == "int8":
         raise UsageError(f"TensorRT looks up no int8 table; export for {name} with --embedding exact")
-    if kv not in (None, "float16"):
-        raise UsageError(f"--target {name} stores keys and values as float16, not {kv}; leave --kv out")
+    kv = kv or "float16"
+    if kv not in _TENSORRT_KV_TYPES:
+        raise UsageError(f"--target {name} stores keys and values as float16 or int8, not {kv}; leave --kv out")
     if weights.is_asymmetric:
         raise UsageError(f"TensorRT dequantises int4 without zero points; export for {name} with --symmetric")
     if weights.is_low_bit and weights.linear == "native" and weights.head == "int8":
@@ -142,7 +150,7 @@ def make_target(name: str, weights: WeightFormat, kv: str | None = None) -> Targ
             f"TensorRT's own operators have no block-wise int8; export for {name} with --linear packed, "
             "--head exact or --head int4"
         )
-    return Target(name, GraphTypes(TensorProto.FLOAT16, TensorProto.FLOAT16), tensorrt=True)
+    return Target(name, GraphTypes(TensorProto.FLOAT16, _KV_TYPES[kv]), tensorrt=True)
 
 
 def choose_format(
@@ -246,12 +254,13 @@ def _head_dominates(config: ModelConfig, bits: int) -> bool:
     return head > _HEAD_SHARE * (head + bits * config.num_hidden_layers * layer)
 
 
-def plugin_kernels(config: ModelConfig, weights: WeightFormat) -> list[Kernel]:
+def plugin_kernels(config: ModelConfig, weights: WeightFormat, kv: str = "float16") -> list[Kernel]:
     """All that TensorRT's plugins may launch for a graph of this format; EdgeError names a size without kernels."""
+    kv_element = _KV_ELEMENTS[kv]
     if weights.linear == "native":
-        return kernels_for(config, "half", "half", None, None)
+        return kernels_for(config, "half", kv_element, None, None)
     head = (HEAD_BITS[weights.head], weights.head_group_size) if weights.packs_head else None
-    return kernels_for(config, "half", "half", (weights.bits, weights.group_size), head)
+    return kernels_for(config, "half", kv_element, (weights.bits, weights.group_size), head)
 
 
 def _has_kernels(config: ModelConfig, packed: WeightFormat) -> bool:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import plugins
 from edge.config import LongRope, ModelConfig
-from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from plugins.rope.meaning import rope_tables
 
 INT32 = TensorProto.INT32
@@ -28,6 +28,14 @@ class GraphTypes:
 
     activation: int = TensorProto.FLOAT
     kv: int = TensorProto.FLOAT16
+
+    @property
+    def names(self) -> dict[str, str]:
+        """numpy's, as a bundle's manifest has them."""
+        return {
+            "activation": helper.tensor_dtype_to_np_dtype(self.activation).name,
+            "kv": helper.tensor_dtype_to_np_dtype(self.kv).name,
+        }
 
 
 def edge_node(op_type: str, name: str, inputs: list[str], outputs: list[str], **attributes: Any) -> onnx.NodeProto:
@@ -131,12 +139,13 @@ def graph_outputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfo
 
 def _pools(config: ModelConfig, types: GraphTypes, suffix: str = "") -> list[onnx.ValueInfoProto]:
     # TensorRT takes extents of one name to be equal, and keys and values may have fewer pages: offloaded ones.
+    pools = pool_layout(config, types.names).items()
+    element = {name: helper.np_dtype_to_tensor_dtype(np.dtype(page.dtype)) for name, page in pools}
+    extent = {name: "pages" if name in COMPRESSED_POOLS else "slots" for name, _ in pools}
     return [
-        helper.make_tensor_value_info(
-            f"{name}{suffix}.{layer}", types.kv, ["pages" if name in COMPRESSED_POOLS else "slots", *shape]
-        )
+        helper.make_tensor_value_info(f"{name}{suffix}.{layer}", element[name], [extent[name], *page.shape])
         for layer in range(config.num_hidden_layers)
-        for name, shape in pool_shapes(config).items()
+        for name, page in pools
     ]
 
 
@@ -178,7 +187,7 @@ def _decoder_layer(
         normed,
         [_layer(index, f"self_attn.{p}_proj.weight") for p in "qkv"],
     )
-    attended = _attention(b, c, index, qkv, cos, sin)
+    attended = _attention(b, c, types, index, qkv, cos, sin)
     if index == c.num_hidden_layers - 1:
         # From here on only the rows that need logits matter.
         attended = b.op("Gather", "head.attention_rows", attended, "logits_rows", axis=0)
@@ -198,9 +207,10 @@ def _decoder_layer(
     return _add_norm(b, c, types, f"{name}.next_norm", hidden, down, next_norm)
 
 
-def _attention(b: _Builder, c: ModelConfig, index: int, qkv: str, cos: str, sin: str) -> str:
+def _attention(b: _Builder, c: ModelConfig, types: GraphTypes, index: int, qkv: str, cos: str, sin: str) -> str:
     """Dense or InfLLM-V2 attention over the layer's pools, which it updates."""
-    attended, pools = f"layers.{index}.attention", list(pool_shapes(c))
+    attended, pools = f"layers.{index}.attention", list(pool_layout(c, types.names))
+    suffix = "Int8" if types.kv == TensorProto.INT8 else ""
     inputs = [qkv, cos, sin, *(f"{pool}.{index}" for pool in pools), "positions", "query_start", "page_table"]
     outputs = [attended, *(f"{pool}_out.{index}" for pool in pools)]
     attributes: dict[str, Any] = {
@@ -210,11 +220,11 @@ def _attention(b: _Builder, c: ModelConfig, index: int, qkv: str, cos: str, sin:
         "scale": c.head_dim**-0.5,
     }
     if c.sparse is None:
-        node = edge_node("PagedAttention", attended, inputs, outputs, **attributes)
+        node = edge_node(f"PagedAttention{suffix}", attended, inputs, outputs, **attributes)
     else:
         inputs += ["switch_length", "sparse_settings"]
         attributes |= {"use_nope": int(c.sparse.use_nope), "max_blocks": c.sparse.selected_blocks}
-        node = edge_node("InfLLMv2Attention", attended, inputs, outputs, **attributes)
+        node = edge_node(f"InfLLMv2Attention{suffix}", attended, inputs, outputs, **attributes)
     b.nodes.append(node)
     return attended
 

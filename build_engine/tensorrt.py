@@ -148,7 +148,11 @@ def _recipe(bundle: Bundle, options: BuildOptions, flavour: Flavour, device: Dev
         compute_capabilities=capabilities,
         driver="" if device is None else ".".join(map(str, device.driver_version)),
         plugins=plugin_hash() if plugins else "",
-        profiles=build_profiles(bundle.config, replace(options, max_context=options.max_context or limit)),
+        profiles=build_profiles(
+            bundle.config,
+            replace(options, max_context=options.max_context or limit),
+            bundle.manifest.types["kv"],
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edge.config import ModelConfig
 from edge.engine_file import Profile, Shape
 from edge.errors import UsageError
-from edge.kv_cache import pages_for, pool_shapes
+from edge.kv_cache import pages_for, pool_layout
 from edge.tensorrt import TARGETS
 
 TYPICAL_CONTEXT = 4096  # tokens; the length that shapes are tuned for
@@ -43,27 +43,29 @@ class BuildOptions:
             raise UsageError(f"--verify is {self.verify}; it must be at least 0")
 
 
-def build_profiles(config: ModelConfig, options: BuildOptions) -> tuple[Profile, ...]:
+def build_profiles(config: ModelConfig, options: BuildOptions, kv: str = "float16") -> tuple[Profile, ...]:
     """Prefill: up to `chunk` prompt tokens beside decoding sequences, `batch` sequences in all. Decode: a token each.
     Verify: up to `verify` tokens each, which all have logits.
 
-    The inputs are those of graph.graph_inputs. How many pages the KV pool has is decided when the engine is run: any
-    number that fits in a tensor.
+    The inputs are those of graph.graph_inputs; kv: the type of its cache. How many pages a pool has is decided when the
+    engine is run: any number that fits in a tensor.
     """
     context = options.max_context or config.max_position_embeddings
     chunk, batch = min(options.chunk, context), options.batch
     sequences = (1, 1, batch)
     profiles = [
-        _profile("prefill", config, context, (1, chunk, chunk + batch), sequences, sequences),
-        _profile("decode", config, context, sequences, sequences, sequences),
+        _profile("prefill", config, kv, context, (1, chunk, chunk + batch), sequences, sequences),
+        _profile("decode", config, kv, context, sequences, sequences, sequences),
     ]
     if options.verify:
         tokens = (1, options.verify, options.verify * batch)
-        profiles.append(_profile("verify", config, context, tokens, sequences, tokens))
+        profiles.append(_profile("verify", config, kv, context, tokens, sequences, tokens))
     return tuple(profiles)
 
 
-def _profile(name: str, config: ModelConfig, context: int, tokens: Range, sequences: Range, rows: Range) -> Profile:
+def _profile(
+    name: str, config: ModelConfig, kv: str, context: int, tokens: Range, sequences: Range, rows: Range
+) -> Profile:
     def shapes(*dimensions: Range) -> tuple[Shape, Shape, Shape]:
         smallest, typical, largest = zip(*dimensions, strict=True)
         return smallest, typical, largest
@@ -78,7 +80,7 @@ def _profile(name: str, config: ModelConfig, context: int, tokens: Range, sequen
     }
     if config.switches_on_length:
         inputs["switch_length"] = shapes(sequences)
-    pools = pool_shapes(config)
+    pools = {name: page.shape for name, page in pool_layout(config, {"activation": "float16", "kv": kv}).items()}
     most = MOST_ELEMENTS // max(math.prod(page) for page in pools.values())
     for pool, page in pools.items():
         for layer in range(config.num_hidden_layers):

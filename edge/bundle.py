@@ -80,7 +80,9 @@ class Manifest:
         sound = {
             "name": isinstance(self.name, str),
             "weights": all(isinstance(self.weights[k], str) for k in ("kind", "description")),
-            "types": all(self.types[k] in KV_BYTES for k in ("activation", "kv")) and "embedding" in self.types,
+            "types": self.types["kv"] in KV_BYTES
+            and self.types["activation"] in KV_BYTES.keys() - {"int8"}
+            and "embedding" in self.types,
             "limits": type(self.limits["max_context"]) is int and self.limits["max_context"] > 0,
             "text": self.text is None or isinstance(self.text, dict),
             "generation": isinstance(self.generation, dict),

@@ -6,7 +6,8 @@ share pages; who writes into a shared page gets a copy of it first, and a publis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edge.config import ModelConfig
@@ -15,7 +16,21 @@ from edge.published import PublishedPage, PublishedPages, pack_ids
 from plugins import PAGE_TOKENS
 
 COMPRESSED_POOLS = ("c1_pool", "c2_pool")  # read for every token: their pages are never offloaded
-KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a value, by the types that a cache may have
+KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # of a value, by the types that a cache may have
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """One page of a pool: its shape, and its elements' type as numpy calls it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of the page."""
+        return math.prod(self.shape) * KV_BYTES[self.dtype]
+
 
 CopyPages = Callable[[Sequence[tuple[int, int]]], None]  # pairs of (source, target)
 
@@ -25,20 +40,28 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
-def pool_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of one page in each pool of a layer: keys and values, and a sparse model's compressed keys.
+def pool_layout(config: ModelConfig, types: Mapping[str, str]) -> dict[str, PoolSpec]:
+    """The pools of a layer, in the operators' order: keys and values, int8 ones' scales, a sparse model's compressed
+    keys, which have 16 bits beside int8.
 
-    See plugins/infllmv2 for what lies where.
+    types: 'activation' and 'kv', as in a bundle's manifest. See plugins/infllmv2 for what lies where.
     """
-    heads, dim = config.num_key_value_heads, config.head_dim
-    if config.sparse is None:
-        return {"kv_pool": (2, heads, PAGE_TOKENS, dim)}
-    planes = 3 if config.sparse.use_nope else 2
-    return {
-        "kv_pool": (planes, heads, PAGE_TOKENS, dim),
-        "c1_pool": (heads, 4, dim),
-        "c2_pool": (heads, 1, dim),
-    }
+    heads, dim, kv = config.num_key_value_heads, config.head_dim, types["kv"]
+    planes = 3 if config.sparse is not None and config.sparse.use_nope else 2
+    pools = {"kv_pool": PoolSpec((planes, heads, PAGE_TOKENS, dim), kv)}
+    if kv == "int8":
+        pools["kv_scales"] = PoolSpec((planes, heads, PAGE_TOKENS), "float32")
+    if config.sparse is not None:
+        compressed = compressed_type(types)
+        pools |= {"c1_pool": PoolSpec((heads, 4, dim), compressed), "c2_pool": PoolSpec((heads, 1, dim), compressed)}
+    return pools
+
+
+def compressed_type(types: Mapping[str, str]) -> str:
+    """Of compressed keys: the cache's, or beside int8 the activations', or bfloat16 where those are float32."""
+    if types["kv"] != "int8":
+        return types["kv"]
+    return "bfloat16" if types["activation"] == "float32" else types["activation"]
 
 
 class NoPagesError(EdgeError):

@@ -80,7 +80,7 @@ class Plan:
 def subject_of(bundle: Bundle) -> Subject:
     """What a bundle runs."""
     manifest = bundle.manifest
-    return Subject(bundle.config, StoredWeights.from_manifest(manifest.weights, manifest.types), manifest.types["kv"])
+    return Subject(bundle.config, StoredWeights.from_manifest(manifest.weights, manifest.types), manifest.types)
 
 
 def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | None:

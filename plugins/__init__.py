@@ -22,9 +22,9 @@ def functions() -> list[onnx.FunctionProto]:
     import onnx.parser
 
     from plugins.group_offsets.function import ADD_GROUP_OFFSETS
-    from plugins.infllmv2.function import INFLLMV2_ATTENTION
+    from plugins.infllmv2.function import INFLLMV2_ATTENTION, INFLLMV2_ATTENTION_INT8
     from plugins.linear.function import PACKED_HEAD, PACKED_LINEAR
-    from plugins.paged_attention.function import PAGED_ATTENTION
+    from plugins.paged_attention.function import PAGED_ATTENTION, PAGED_ATTENTION_INT8
     from plugins.rms_norm.function import ADD_RMS_NORM, RMS_NORM
     from plugins.rope.function import LONG_ROPE_TABLE, ROPE_TABLE
     from plugins.swiglu.function import SWIGLU
@@ -39,6 +39,8 @@ def functions() -> list[onnx.FunctionProto]:
         PACKED_LINEAR,
         PACKED_HEAD,
         PAGED_ATTENTION,
+        PAGED_ATTENTION_INT8,
         INFLLMV2_ATTENTION,
+        INFLLMV2_ATTENTION_INT8,
     )
     return [onnx.parser.parse_function(text) for text in texts]

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edge.errors import EdgeError
-from plugins.infllmv2.trt import InfLLMv2Attention
+from plugins.infllmv2.trt import InfLLMv2Attention, InfLLMv2AttentionInt8
 from plugins.linear.trt import PackedHead, PackedLinear
-from plugins.paged_attention.trt import PagedAttention
+from plugins.paged_attention.trt import PagedAttention, PagedAttentionInt8
 from plugins.plugin import (
     MOST_MULTIPROCESSORS,
     Call,
@@ -44,7 +44,9 @@ OPERATORS: tuple[type[Operator], ...] = (
     RopeTable,
     LongRopeTable,
     PagedAttention,
+    PagedAttentionInt8,
     InfLLMv2Attention,
+    InfLLMv2AttentionInt8,
     PackedLinear,
     PackedHead,
 )
@@ -78,8 +80,8 @@ def plugin_creators(api: Any, host: PluginHost) -> list[Any]:
 
 def dtype_name(api: Any, dtype: Any) -> str:
     """numpy's name of a TensorRT type; TensorRT's own for those that numpy lacks."""
-    names = {api.float32: "float32", api.float16: "float16", api.bfloat16: "bfloat16", api.int32: "int32"}
-    return names.get(dtype) or str(dtype)
+    names = ("float32", "float16", "bfloat16", "int32", "int8")
+    return {getattr(api, name): name for name in names}.get(dtype) or str(dtype)
 
 
 class _Creator:

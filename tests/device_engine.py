@@ -28,21 +28,21 @@ BUILD = BuildOptions(max_context=512, chunk=64, batch=4)
 OPTIONS = EngineOptions(context=512, chunk=64)
 
 
-def device_bundle(checkpoint: Checkpoint, out: Path, target: str = "rtx") -> Bundle:
+def device_bundle(checkpoint: Checkpoint, out: Path, target: str = "rtx", kv: str = "float16") -> Bundle:
     """Exported with int4 plugins, and what the stand-in takes for its engine beside it."""
-    return open_bundle(export_bundle(checkpoint, out, ExportOptions(target, PACKED)))
+    return open_bundle(export_bundle(checkpoint, out, ExportOptions(target, PACKED, kv=kv)))
 
 
-def kernels_of(config: ModelConfig) -> list[Kernel]:
+def kernels_of(config: ModelConfig, kv_element: str = "half") -> list[Kernel]:
     """All kernels of a `device_bundle`."""
-    return kernels_for(config, "half", "half", (4, 64), (8, 64))
+    return kernels_for(config, "half", kv_element, (4, 64), (8, 64))
 
 
 def engine_file(bundle: Bundle, build: BuildOptions = BUILD) -> EngineFile:
     """The stand-in's engine."""
     path = bundle.path / "engines" / "stand-in.engine"
     path.parent.mkdir(exist_ok=True)
-    profiles = build_profiles(bundle.config, build)
+    profiles = build_profiles(bundle.config, build, bundle.manifest.types["kv"])
     write_engine(bundle.file(GRAPH), profiles, path)
     recipe = Recipe(bundle.manifest.key, bundle.manifest.target, NAME, "any", (), "", plugin_hash(), profiles)
     return EngineFile(path, recipe, Measured("", path.stat().st_size, 0, 0, 0))

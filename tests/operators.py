@@ -54,39 +54,51 @@ def bind_pool(binding: ort.IOBinding, name: str, pool: np.ndarray) -> None:
     binding.bind_ortvalue_output(f"{name}_out", value)
 
 
-def _multiplies_pairs(how: str, pool: np.ndarray) -> bool:
-    return how == "x86_64_v4_bf16" and pool.dtype == ml_dtypes.bfloat16 and pool.shape[-1] % 32 == 0
+def _per_element(how: str, pool: np.ndarray) -> int:
+    """Values along the summed dimension that share one element of a product."""
+    if how != "x86_64_v4_bf16" or pool.dtype not in (ml_dtypes.bfloat16, np.int8):
+        return 1
+    if pool.dtype == np.int8:
+        return 4 if pool.shape[-1] <= 256 else 1
+    return 2 if pool.shape[-1] % 32 == 0 else 1
+
+
+def _flip_keys(how: str, pool: np.ndarray) -> np.ndarray:
+    """Keys of four to an element are kept plus 128."""
+    if pool.dtype == np.int8 and _per_element(how, pool) == 4:
+        pool[:, [plane for plane in range(pool.shape[1]) if plane != 1]] ^= np.int8(-128)
+    return pool
 
 
 def to_pages(how: str, pool: np.ndarray) -> np.ndarray:
     """A pool [pages, planes, Hkv, 64, d] as the kernels keep it inside a page (plugins/paged_attention/tile.h)."""
     if how == "function":
         return pool
-    pairs, paged = 2 if _multiplies_pairs(how, pool) else 1, pool.copy()
+    per, paged = _per_element(how, pool), pool.copy()
     for plane in range(pool.shape[1]):
         rows = pool[:, plane]
         *lead, tokens, dim = rows.shape
         if plane == 1:
-            split = rows.reshape(*lead, tokens // pairs, pairs, dim).swapaxes(-1, -2)
+            split = rows.reshape(*lead, tokens // per, per, dim).swapaxes(-1, -2)
         else:
-            split = rows.reshape(*lead, tokens, dim // pairs, pairs).swapaxes(-2, -3)
+            split = rows.reshape(*lead, tokens, dim // per, per).swapaxes(-2, -3)
         paged[:, plane] = split.reshape(rows.shape)
-    return paged
+    return _flip_keys(how, paged)
 
 
 def from_pages(how: str, pool: np.ndarray) -> np.ndarray:
     """The inverse of `to_pages`."""
     if how == "function":
         return pool
-    pairs, plain = 2 if _multiplies_pairs(how, pool) else 1, pool.copy()
+    per, plain = _per_element(how, pool), pool.copy()
     for plane in range(pool.shape[1]):
         *lead, tokens, dim = pool[:, plane].shape
         if plane == 1:
-            joined = pool[:, plane].reshape(*lead, tokens // pairs, dim, pairs).swapaxes(-1, -2)
+            joined = pool[:, plane].reshape(*lead, tokens // per, dim, per).swapaxes(-1, -2)
         else:
-            joined = pool[:, plane].reshape(*lead, dim // pairs, tokens, pairs).swapaxes(-2, -3)
+            joined = pool[:, plane].reshape(*lead, dim // per, tokens, per).swapaxes(-2, -3)
         plain[:, plane] = joined.reshape(pool[:, plane].shape)
-    return plain
+    return _flip_keys(how, plain)
 
 
 @functools.cache

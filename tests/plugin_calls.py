@@ -143,10 +143,13 @@ def check_outputs(sample: Sample, device: EmulatedDevice, addresses: Mapping[str
         assert device.memory[addresses[name]].tobytes() == sample.inputs[name].tobytes(), f"{name} was changed"
     for name, want in sample.expected.items():
         got = device.read(addresses[name], poisoned(want.shape, sample.output_dtype(name)))
+        absolute = sample.absolute
+        if want.dtype == np.int8:  # bytes of a code plus 128, of which a rotation's last bit may move one
+            got, want, absolute = got.view(np.uint8), want.view(np.uint8), 1
         np.testing.assert_allclose(
             got.astype(np.float64),
             want.astype(np.float64),
             rtol=sample.relative,
-            atol=sample.absolute,
+            atol=absolute,
             err_msg=f"{operator.NAME}: {name}",
         )

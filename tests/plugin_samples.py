@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 
 from plugins.infllmv2 import meaning as infllmv2
-from plugins.infllmv2.trt import InfLLMv2Attention
+from plugins.infllmv2.trt import InfLLMv2Attention, InfLLMv2AttentionInt8
 from plugins.linear import meaning as linear
 from plugins.linear.pack import pack_codes, pack_scales
 from plugins.linear.trt import PackedHead, PackedLinear
-from plugins.paged_attention.meaning import paged_attention
-from plugins.paged_attention.pages import make_step, to_device
-from plugins.paged_attention.trt import PagedAttention
+from plugins.paged_attention.meaning import paged_attention, stored_values
+from plugins.paged_attention.pages import Step, device_order, make_step, quantise_pool
+from plugins.paged_attention.trt import PagedAttention, PagedAttentionInt8
 from plugins.plugin import Operator
 from plugins.rms_norm.meaning import add_rms_norm, rms_norm
 from plugins.rms_norm.trt import AddRMSNorm, RMSNorm
@@ -132,16 +132,20 @@ def _linear_samples(rng: np.random.Generator, element: str, tokens: int) -> list
     ]
 
 
-def _attention_samples(rng: np.random.Generator, element: str, kind: str) -> list[Sample]:
-    """Both models' shapes. Probabilities and keys are rounded to the element type before they are multiplied."""
-    dtype, kv_heads = DTYPES[element], 2
-    group, dim, use_nope = {"float16": (16, 128, False), "bfloat16": (8, 64, True)}[element]
-    close = {"absolute": {"float16": 3e-3, "bfloat16": 2e-2}[element], "relative": 2 * UNIT[element]}
-    heads, scale, settings = group * kv_heads, attribute(dim**-0.5), (400, 1, 2, 5)
-    step = make_step(rng, STEPS[kind])
-    tokens = len(step.positions)
+@dataclass(frozen=True)
+class _Step:
+    """A step's inputs but for the pools, and what all operators are told of it."""
+
+    inputs: Arrays
+    known: Arrays  # the same for the meaning, which looks at columns of the page table that lead nowhere
+    pages: int
+    sizes: dict[str, float]
+
+
+def _attention_step(rng: np.random.Generator, dtype: np.dtype, step: Step, heads: int, dim: int) -> _Step:
+    tokens, kv_heads = len(step.positions), 2
     angles = rng.uniform(0, 6, (tokens, dim // 2))
-    shared = {
+    inputs = {
         "qkv": rng.normal(size=(tokens, (heads + 2 * kv_heads) * dim)).astype(dtype),
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
@@ -149,43 +153,66 @@ def _attention_samples(rng: np.random.Generator, element: str, kind: str) -> lis
         "query_start": step.query_start,
         "page_table": step.page_table,
     }
-    # Columns that no row reads lead nowhere; the meaning looks at all of them.
-    known = {**shared, "page_table": np.minimum(step.page_table, step.pages - 1)}
-    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "scale": scale}
-
-    pool = past_pool(rng, step, 2, kv_heads, dim, dtype)
-    before = to_device(pool, "element")
-    output = paged_attention(pool=pool, **known, **sizes)
-    dense = Sample(
-        PagedAttention(head_dim=dim, **sizes),
-        {**shared, **before},
-        {"output": output, "kv_pool_out": to_device(pool, "element")["kv_pool"]},
-        **close,
+    known = {**inputs, "page_table": np.minimum(step.page_table, step.pages - 1)}
+    return _Step(
+        inputs, known, step.pages, {"num_heads": heads, "num_kv_heads": kv_heads, "scale": attribute(dim**-0.5)}
     )
 
-    pool = past_pool(rng, step, 3 if use_nope else 2, kv_heads, dim, dtype)
+
+def _pools(pool: np.ndarray, scales: np.ndarray | None, suffix: str = "") -> Arrays:
+    """As the kernels have them; TensorRT's type of bytes is int8."""
+    if scales is None:
+        return {f"kv_pool{suffix}": device_order(pool)}
+    return {f"kv_pool{suffix}": device_order(pool).view(np.int8), f"kv_scales{suffix}": scales.copy()}
+
+
+def _dense_sample(step: _Step, pool: np.ndarray, scales: np.ndarray | None, close: dict[str, float]) -> Sample:
+    before = _pools(pool, scales)
+    output = paged_attention(pool=pool, kv_scales=scales, **step.known, **step.sizes)
+    operator = PagedAttention if scales is None else PagedAttentionInt8
+    expected = {"output": output, **_pools(pool, scales, "_out")}
+    return Sample(operator(head_dim=pool.shape[-1], **step.sizes), {**step.inputs, **before}, expected, **close)
+
+
+def _sparse_sample(
+    step: _Step, kind: str, pool: np.ndarray, scales: np.ndarray | None, close: dict[str, float]
+) -> Sample:
+    kv_heads, dim, use_nope, dtype = *pool.shape[2::2], pool.shape[1] == 3, step.inputs["qkv"].dtype
     windows = {
         "c1_pool": np.full((step.pages, kv_heads, 4, dim), np.nan, dtype),
         "c2_pool": np.full((step.pages, kv_heads, 1, dim), np.nan, dtype),
     }
     for b, (past, _) in enumerate(STEPS[kind]):
-        for name, sizes_of in (("c1_pool", infllmv2.FINE), ("c2_pool", infllmv2.COARSE)):
-            infllmv2.compress(windows[name], pool, known["page_table"][b], np.arange(past), *sizes_of)
+        for name, sizes in (("c1_pool", infllmv2.FINE), ("c2_pool", infllmv2.COARSE)):
+            stored = stored_values(pool, scales)
+            infllmv2.compress(windows[name], stored, step.known["page_table"][b], np.arange(past), *sizes)
     lengths = [past + new for past, new in STEPS[kind]]
-    rest = {"switch_length": np.array(lengths, np.int32), "sparse_settings": np.array(settings, np.int32)}
-    before = {**to_device(pool, "element"), **{name: array.copy() for name, array in windows.items()}}
-    output = infllmv2.infllmv2_attention(kv_pool=pool, **windows, **known, **rest, **sizes, use_nope=use_nope)
-    sparse = Sample(
-        InfLLMv2Attention(head_dim=dim, use_nope=int(use_nope), max_blocks=7, **sizes),
-        {**shared, **before, **rest},
-        {
-            "output": output,
-            "kv_pool_out": to_device(pool, "element")["kv_pool"],
-            **{f"{name}_out": array for name, array in windows.items()},
-        },
+    rest = {"switch_length": np.array(lengths, np.int32), "sparse_settings": np.array((400, 1, 2, 5), np.int32)}
+    before = {**_pools(pool, scales), **{name: array.copy() for name, array in windows.items()}}
+    output = infllmv2.infllmv2_attention(
+        kv_pool=pool, kv_scales=scales, **windows, **step.known, **rest, **step.sizes, use_nope=use_nope
+    )
+    operator = InfLLMv2Attention if scales is None else InfLLMv2AttentionInt8
+    return Sample(
+        operator(head_dim=dim, use_nope=int(use_nope), max_blocks=7, **step.sizes),
+        {**step.inputs, **before, **rest},
+        {"output": output, **_pools(pool, scales, "_out"), **{f"{name}_out": a for name, a in windows.items()}},
         **close,
     )
-    return [dense, sparse]
+
+
+def _attention_samples(rng: np.random.Generator, element: str, kind: str) -> list[Sample]:
+    """Both models' shapes. Probabilities and keys are rounded to the element type before they are multiplied."""
+    dtype, kv_heads = DTYPES[element], 2
+    group, dim, use_nope = {"float16": (16, 128, False), "bfloat16": (8, 64, True)}[element]
+    close = {"absolute": {"float16": 3e-3, "bfloat16": 2e-2}[element], "relative": 2 * UNIT[element]}
+    pages = make_step(rng, STEPS[kind])
+    step = _attention_step(rng, dtype, pages, group * kv_heads, dim)
+    pool = past_pool(rng, pages, 2, kv_heads, dim, dtype)
+    dense = [_dense_sample(step, *one, close) for one in ((pool.copy(), None), quantise_pool(pool))]
+    pool = past_pool(rng, pages, 3 if use_nope else 2, kv_heads, dim, dtype)
+    sparse = [_sparse_sample(step, kind, *one, close) for one in ((pool.copy(), None), quantise_pool(pool))]
+    return dense + sparse
 
 
 def samples(kind: str, element: str) -> dict[str, Sample]:

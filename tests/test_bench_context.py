@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import ml_dtypes
@@ -19,10 +20,10 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bundle import Bundle, open_bundle
 from edge.config import SparseConfig
 from edge.executors.onnxruntime import OnnxRuntimeExecutor
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from plugins.ort.library import take_pool_bytes_read
 from tests.bench_samples import of_class
 from tests.synthetic import tiny_config, write_hf_checkpoint
@@ -36,11 +37,14 @@ ROW = CONFIG.num_key_value_heads * CONFIG.head_dim * BFLOAT16  # one token's key
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("context")
+    return make_bundle(tmp_path_factory.mktemp("context"), "bfloat16")
+
+
+def make_bundle(folder: Path, kv: str) -> Bundle:
     checkpoint = open_checkpoint(write_hf_checkpoint(folder / "model", tiny_config()))
     sparse = {"topk": SPARSE.topk, "window_size": SPARSE.window_size, "dense_len": SPARSE.dense_len}
     weights = WeightFormat("w4a16", 32, symmetric=True, head="int4")
-    options = ExportOptions(weights=weights, long_context=LongContext("sparse", sparse), kv="bfloat16")
+    options = ExportOptions(weights=weights, long_context=LongContext("sparse", sparse), kv=kv)
     return open_bundle(export_bundle(checkpoint, folder / "bundle", options))
 
 
@@ -98,6 +102,20 @@ def test_filled_pools_have_the_spread_of_keys_and_of_their_averages(executor: On
     dtype = np.dtype(ml_dtypes.bfloat16)
     spreads = [np.std(pool_values(pool, dtype).astype(np.float32)) for pool in executor._pools]
     assert spreads == pytest.approx(2 * [1, 32**-0.5, 128**-0.5], rel=0.1)
+
+
+def test_a_step_on_an_int8_cache_reads_codes_and_scales(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, "int8")
+    executor = OnnxRuntimeExecutor(bundle, num_pages=40, threads=2)
+    fill_pools(executor, bundle)
+    codes, scales = (pool_values(pool, np.dtype(t)) for pool, t in zip(executor._pools, ("i1", "f4"), strict=False))
+    assert np.std(codes * scales[0]) == pytest.approx(1, rel=0.1) and np.ptp(scales) == 0
+    minimum = minimum_pool_bytes(CONFIG, 1000, 1, None, scale_bytes=4)
+    assert decode(executor, 1000 - WARM_UP - 1, 1, "dense")[1] == minimum
+    assert minimum == 2 * CONFIG.num_hidden_layers * CONFIG.num_key_value_heads * (CONFIG.head_dim + 4) * 1000
+    cases = measure(str(bundle.path), contexts=[1000], rounds=1, steps=1, threads=1)["cases"]
+    for mode, case in zip(MODES, cases, strict=True):
+        assert case["pool_bytes"] == pytest.approx(case["minimum_pool_bytes"], rel=0.2 if mode == "sparse" else 0)
 
 
 def test_weights_of_a_step_are_all_but_the_embedding(bundle: Bundle) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from plugins.paged_attention.launch import AttentionShape, append
-from plugins.paged_attention.meaning import rotate
-from plugins.paged_attention.pages import Step, from_device, make_step, quantise, to_device
+from plugins.paged_attention.meaning import quantise, rotate
+from plugins.paged_attention.pages import Step, from_device, make_step, to_device
 from plugins.vectors import ELEMENTS, UNIT, poisoned
 from tests.cuda_pages import past_pool
 from tests.cuda_routes import ROUTES, SEEDS, run_route
@@ -72,7 +72,7 @@ def check(shape: AttentionShape, step: Step, pool: np.ndarray, qkv: np.ndarray, 
     wanted = expected.swapaxes(1, 3)
     if shape.is_byte:
         codes, scales = quantise(wanted[new])  # scales [tokens, Hkv, planes]
-        as_bytes = (codes.astype(np.float32) - 128) * scales[..., None]
+        as_bytes = codes * scales[..., None]
         assert np.array_equal(held[new][:, :, 1:], as_bytes[:, :, 1:])
         # A rotation that was contracted moves the scale by one unit of the element's last place, and a byte by one.
         assert np.allclose(buffers["kv_scales"].swapaxes(1, 3)[new], scales, rtol=UNIT[shape.element])

@@ -23,7 +23,7 @@ from edge.engine import Engine
 from edge.errors import EdgeError, UsageError
 from edge.executors.offload import DeviceOffload, OffloadCounts
 from edge.executors.tensorrt import TensorRTExecutor
-from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from edge.scheduler import Scheduler
@@ -66,7 +66,8 @@ def prompt(length: int = LENGTH, seed: int = 0) -> list[int]:
 
 def page_bytes(config: ModelConfig) -> int:
     """Of one page in one layer, without its compressed keys."""
-    return sum(int(np.prod(s)) * 2 for name, s in pool_shapes(config).items() if name not in COMPRESSED_POOLS)
+    layout = pool_layout(config, {"activation": "float16", "kv": "float16"})
+    return sum(page.nbytes for name, page in layout.items() if name not in COMPRESSED_POOLS)
 
 
 def budget(bundle: Bundle, slots: int) -> int:

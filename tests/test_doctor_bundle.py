@@ -127,7 +127,7 @@ def test_a_context_that_fits_in_part_is_named(for_target: Callable[..., Path], t
 
     path, recorded = for_target("jetson"), nano_jetpack_6()
     bundle = open_bundle(path, verify=False)
-    free = bundle.manifest.files[WEIGHTS].bytes + 3 * sum(page_bytes(bundle.config, bundle.manifest.types["kv"]))
+    free = bundle.manifest.files[WEIGHTS].bytes + 3 * sum(page_bytes(bundle.config, bundle.manifest.types))
     recorded.answers["gpu"] = {**ORIN_GPU, "free_memory": free}
     finding = by_name(diagnose(recorded.machine(tmp_path), path))["model in memory"]
     assert (finding.status, finding.remedy.split(",")[0]) == ("warning", f"--context {3 * 64}")

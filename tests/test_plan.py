@@ -32,7 +32,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 def page(bundle: Bundle) -> int:
     """Bytes of a page over all layers."""
-    return sum(page_bytes(bundle.config, bundle.manifest.types["kv"]))
+    return sum(page_bytes(bundle.config, bundle.manifest.types))
 
 
 def grown(bundle: Bundle, config: ModelConfig) -> Bundle:

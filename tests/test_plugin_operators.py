@@ -206,7 +206,7 @@ def test_a_workspace_holds_every_step_of_its_profile(
 # Refusals
 
 
-@pytest.mark.parametrize("name", ["PagedAttention", "InfLLMv2Attention"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "Attention" in name])
 def test_pools_must_be_updated_in_place(api: Any, name: str) -> None:
     sample = samples("decode", "float16")[name]
     operator = sample.operator

@@ -173,9 +173,9 @@ def test_a_second_turn_keeps_what_it_would_compute_alike(
 def test_the_plan_counts_compressed_keys(model: Model) -> None:
     bundle = open_bundle(model.bundle)
     c = bundle.config
-    assert sum(page_bytes(c, "float32")) == c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * (
-        2 * 64 + 4 + 1
-    )
+    assert sum(
+        page_bytes(c, {"activation": "float32", "kv": "float32"})
+    ) == c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * (2 * 64 + 4 + 1)
 
 
 @pytest.mark.parametrize(

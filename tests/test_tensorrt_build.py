@@ -103,6 +103,20 @@ def test_sparse_attention_builds_as_its_function(checkpoint: Checkpoint, tmp_pat
     assert report.measured.bytes > 0
 
 
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_an_int8_cache_builds_as_its_function(attention: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Codes are TensorRT's int8, which it neither widens nor takes for weights to dequantise."""
+    sparse = {"topk": 2, "window_size": 64, "dense_len": 128} if attention == "sparse" else {}
+    options = ExportOptions("rtx", FORMATS["exact"], long_context=LongContext(attention, sparse), kv="int8")
+    path = export_bundle(checkpoint, tmp_path / "bundle", options)
+    assert open_bundle(path).manifest.types == {"activation": "float16", "kv": "int8"}
+    report = build_engine(path, replace(OPTIONS, compute_capabilities=("sm86",)))
+    for profile in report.recipe.profiles:
+        assert profile.shapes["kv_pool.1"][2][1:] == (2, 2, 64, 16)
+        assert profile.shapes["kv_scales.1"][2][1:] == (2, 2, 64)
+    assert report.measured.bytes > 0
+
+
 def test_an_intact_engine_is_kept_and_a_damaged_one_built_again(bundle: Path) -> None:
     first = build_engine(bundle, OPTIONS)
     second = build_engine(bundle, OPTIONS, lambda *message: pytest.fail("compiled again"))

@@ -104,6 +104,24 @@ def test_logits_are_the_cpu_executors_to_float16(engine: Engine, cpu: Engine) ->
         assert np.abs(ours - exact).max() < 0.01 * np.abs(exact).max()
 
 
+def test_an_int8_cache_gives_the_tokens_of_the_cpu_executors(tmp_path: Path, cpu: Engine) -> None:
+    """Both round keys and values alike, up to codes that float16 moves by one: less than int8 itself changes."""
+    exact = ExportOptions("onnxruntime", WeightFormat("exact"), kv="int8")
+    rounded = open_engine(export_bundle(selftest_checkpoint(), tmp_path / "cpu", exact), EngineOptions(512, chunk=64))
+    bundle = device_bundle(selftest_checkpoint(), tmp_path / "bundle", kv="int8")
+    with emulated_gpu("sm_86", kernels_of(CONFIG, "uint8_t")):
+        engine = open_on_device(bundle)
+        assert engine.describe()["kv"] == "int8"
+        assert isinstance(engine._executor, TensorRTExecutor)
+        assert engine._executor._pool.used == engine._executor._pool.size
+        for length in (50, 150):  # dense, and sparse
+            ids = prompt(length)
+            ours, same, wide = (one.logits(ids, 11) for one in (engine, rounded, cpu))
+            assert np.abs(ours - same).max() < 0.03 * np.abs(same).max()
+            assert np.std(ours - same) < 0.8 * np.std(same - wide) < 0.01 * np.abs(wide).max()
+            assert reply(engine, ids) == reply(rounded, ids)
+
+
 def test_a_dense_model_with_one_rotation_list_decodes_too(tmp_path: Path) -> None:
     config = tiny_config(hidden_size=128, intermediate_size=256, head_dim=64, max_position_embeddings=512)
     checkpoint = open_checkpoint(write_hf_checkpoint(tmp_path / "hf", config))

@@ -20,11 +20,11 @@ from build_engine.checkpoint import Checkpoint, LazyTensor, expected_shapes, ope
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.tensorrt import BuildOptions, BuildReport, build_engine
-from edge.bench.models import MINICPM4_05B
 from edge.bundle import GRAPH, open_bundle
 from edge.config import LongRope, ModelConfig, SparseConfig
 from edge.engine_file import choose_engine, plugin_hash
 from edge.errors import EdgeError, UsageError
+from edge.models import MINICPM4_05B
 from edge.tensorrt import load_flavour
 from tests.synthetic import tiny_config, write_hf_checkpoint
 

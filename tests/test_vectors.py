@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from edge.selftest.vectors import PUBLISHED, ModelKernels, decode_vectors, vectors_for
 from plugins.build.registry import kernels_for
 from plugins.vectors import Deviation, Expected, Vector, poisoned, worst

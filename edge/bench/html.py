@@ -30,7 +30,7 @@ from edge.bench.tables import (
 
 THIS_ENGINE = "this engine"
 CONTEXT_AXIS = "Context (prompt tokens, log2 scale; 1K = 1,024)"
-ENGINE_LABELS = {"kv_dtype": "KV cache type"}
+ENGINE_LABELS = {"kv": "KV cache type"}
 CURVE_POINTS = 80
 
 

@@ -15,9 +15,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bench.tables import format_number
 from edge.config import ModelConfig, SparseConfig
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from plugins.build.cost import BOARDS, Cost, board_of
 
 NOTE = (

@@ -18,6 +18,7 @@ from edge.cli.eval import evaluate
 from edge.cli.export import export
 from edge.cli.generate import chat, run
 from edge.cli.logits import logits
+from edge.cli.plan import plan
 from edge.cli.quantize import quantize
 from edge.cli.selftest import selftest
 from edge.errors import EdgeError
@@ -26,11 +27,12 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="edge",
-    help="On-device runtime for MiniCPM4: quantise and export a checkpoint, build engines, run, chat, measure.\n\n"
+    help="On-device runtime for MiniCPM4: plan, quantise, export, build engines, run, chat, measure.\n\n"
     "Add --debug to any command to see where an error came from.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("export")(export)
 app.command("build")(build)

@@ -126,7 +126,7 @@ def bundle_memory(bundle: Bundle, patient: Patient) -> Finding:
     total = answer.get("total_memory", patient.machine.meminfo.get("MemTotal", 0))
     free = answer.get("free_memory", patient.machine.available_memory)
     subject = subject_of(bundle)
-    weights, page = bundle.manifest.files[WEIGHTS].bytes, sum(page_bytes(subject.config, subject.kv))
+    weights, page = bundle.manifest.files[WEIGHTS].bytes, sum(page_bytes(subject.config, subject.types))
     if weights + page > total:
         words = f"{gib(weights)} of weights and a cache do not fit in {gib(total)}"
         return Finding("model in memory", "problem", words, "use a smaller model, or --weights w4a16")

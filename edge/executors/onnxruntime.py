@@ -17,13 +17,18 @@ from edge.bundle import WEIGHTS as WEIGHTS_FILE
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
-from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.measured import anonymous_bytes, mapped_bytes, resident_bytes
 from plugins.ort.library import attention_peak, register
 from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, is_exhausted
 
 # How numpy holds a pool, and ONNX's number of its type.
-_POOL_TYPES = {"float32": (np.float32, 1), "float16": (np.float16, 10), "bfloat16": (np.uint16, 16)}
+_POOL_TYPES: dict[str, tuple[type, int]] = {
+    "float32": (np.float32, 1),
+    "int8": (np.int8, 3),
+    "float16": (np.float16, 10),
+    "bfloat16": (np.uint16, 16),
+}
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # mallopt: what is larger goes back to the system once it is freed
 
 
@@ -108,11 +113,11 @@ class OnnxRuntimeExecutor:
             yield
 
     def _bind_pools(self, bundle: Bundle) -> list[ort.OrtValue]:
-        dtype, onnx_type = _POOL_TYPES[bundle.manifest.types["kv"]]
         pools = []
         for layer in range(bundle.config.num_hidden_layers):
-            for name, page in pool_shapes(bundle.config).items():
-                values = _lazy_zeros((self.num_pages, *page), dtype)
+            for name, page in pool_layout(bundle.config, bundle.manifest.types).items():
+                dtype, onnx_type = _POOL_TYPES[page.dtype]
+                values = _lazy_zeros((self.num_pages, *page.shape), dtype)
                 pool = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx_type)
                 self._binding.bind_ortvalue_input(f"{name}.{layer}", pool)
                 self._binding.bind_ortvalue_output(f"{name}_out.{layer}", pool)

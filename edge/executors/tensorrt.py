@@ -9,21 +9,19 @@ on the host (offload.py) nothing is captured: every layer asks the host for the 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edge.bundle import Bundle
-from edge.config import ModelConfig
 from edge.cuda import DeviceArray, Graph, Kernels, Pool, Stream, pinned
 from edge.errors import EdgeError
 from edge.executor import DrawParams, StepBatch, StepResult
 from edge.executors.offload import DeviceOffload, OffloadSizes, table_values
 from edge.executors.staging import Layout, Staging, layout_bytes
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
-from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.attended import token_pages
 from plugins import PAGE_TOKENS
 from plugins.launch import Launch
@@ -31,6 +29,7 @@ from plugins.sampling.launch import advance, sample
 
 BURST = 16  # decode steps between two looks of the host
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_HELD_AS = {"float16": np.uint16, "bfloat16": np.uint16, "int8": np.int8, "float32": np.float32}  # pools, by type
 log = logging.getLogger(__name__)
 
 
@@ -71,23 +70,23 @@ class TensorRTExecutor:
             "token": self._pool.take((sizes.rows,), _INT32),
         }
         self._kv = {
-            f"{name}.{layer}": self._pool.take((_pages_of(name, sizes), *page), np.uint16)
+            f"{name}.{layer}": self._pool.take((_pages_of(name, sizes), *page.shape), _HELD_AS[page.dtype])
             for layer in range(bundle.config.num_hidden_layers)
-            for name, page in pool_shapes(bundle.config).items()
+            for name, page in pool_layout(bundle.config, bundle.manifest.types).items()
         }
-        self.offload = self._open_offload(bundle.config)
+        self.offload = self._open_offload(bundle)
         working = self._pool.take((engine.working_bytes,), np.uint8)
         self._prefill, self._decode = (self._bind(profile, working) for profile in ("prefill", "decode"))
         # By sequences, the way to draw, and steps; None: this one cannot be captured.
         self._graphs: dict[tuple[int, str, int], Graph | None] = {}
         self._settled: set[tuple[int, str]] = set()
 
-    def _open_offload(self, config: ModelConfig) -> DeviceOffload | None:
+    def _open_offload(self, bundle: Bundle) -> DeviceOffload | None:
         """None if all pages are on the device."""
-        sizes, sparse = self._sizes, config.sparse
+        config, sizes, sparse = bundle.config, self._sizes, bundle.config.sparse
         if sizes.slots is None or sparse is None:
             return None
-        names = [name for name in pool_shapes(config) if name not in COMPRESSED_POOLS]
+        names = [name for name in pool_layout(config, bundle.manifest.types) if name not in COMPRESSED_POOLS]
         pools = [[self._kv[f"{name}.{layer}"] for name in names] for layer in range(config.num_hidden_layers)]
         most = token_pages(config, sparse, sizes.table_width * PAGE_TOKENS)
         offload_sizes = OffloadSizes(sizes.tokens, sizes.sequences, sizes.table_width, most)
@@ -304,7 +303,8 @@ def _inputs(sizes: Sizes, vocabulary: int) -> Layout:
 def pool_bytes(bundle: Bundle, engine: LoadedEngine, sizes: Sizes) -> int:
     """Size of the executor's pool, to the byte: what it takes, in its order."""
     config = bundle.config
-    kv = [_pages_of(name, sizes) * math.prod(shape) * 2 for name, shape in pool_shapes(config).items()]
+    layout = pool_layout(config, bundle.manifest.types)
+    kv = [_pages_of(name, sizes) * page.nbytes for name, page in layout.items()]
     tables = [] if sizes.slots is None else [4 * table_values(sizes.sequences, sizes.table_width)]
     parts: Sequence[int] = [
         layout_bytes(_inputs(sizes, config.vocab_size)),

@@ -8,22 +8,24 @@ from plugins import PAGE_TOKENS
 
 TILE_ROWS = 512  # query rows of one task (plugins/paged_attention/cpu.h: kTileRows)
 PART_BLOCKS = 16  # pages of one part of a single token's attention (kPartBlocks)
-_PAIR_DIM = 32  # pairs of bfloat16 are multiplied if a head is so many values, or a multiple (library.cpp)
+# Where the processor multiplies packed elements, these heads are (library.cpp): pairs of bfloat16 if they are a multiple
+# of so many values, fours of int8 up to so many (plugins/paged_attention/quad_tile.h).
+_PAIR_DIM, _MOST_QUAD_DIM, _QUAD_ROWS = 32, 256, 16
 
 
 def attention_bytes(
-    config: ModelConfig, kv: str, *, tokens: int, sequences: int, threads: int, context: int, pairs: bool
+    config: ModelConfig, kv: str, *, tokens: int, sequences: int, threads: int, context: int, packed: bool
 ) -> int:
     """Every thread keeps the largest tile it had; beside them is what a step of `tokens` lists, or one of decoding.
 
-    pairs: whether the processor multiplies pairs of bfloat16, which halves what is kept of a cache of that type.
+    packed: whether the processor multiplies pairs of bfloat16 and fours of int8, for which less is kept.
     """
     group, pages = config.group_size, pages_for(context)
     tile_tokens = min(max(1, TILE_ROWS // group), max(1, tokens))
-    element = 2 if pairs and kv == "bfloat16" and config.head_dim % _PAIR_DIM == 0 else 4
-    thread = _tile(tile_tokens * group, config.head_dim, element)
+    thread = _tile(tile_tokens * group, config.head_dim, kv, packed)
     if is_choosing := _is_choosing(config, context):  # by scores: a tile of its own, a key for each block
-        thread += _tile(tile_tokens * group, config.head_dim, element) + 4 * tile_tokens * pages + 8 * pages
+        compressed = "bfloat16" if kv == "int8" else kv
+        thread += _tile(tile_tokens * group, config.head_dim, compressed, packed) + 4 * tile_tokens * pages + 8 * pages
     tiles = config.num_key_value_heads * (sequences - 1 + -(-max(1, tokens - sequences + 1) // tile_tokens))
     prompt = tiles * 4 * pages + _choices(config, tokens, pages)
     attended = _most_attended(config, pages) if is_choosing else pages
@@ -33,8 +35,12 @@ def attention_bytes(
     return threads * thread + max(prompt, decode + _choices(config, sequences, pages))
 
 
-def _tile(rows: int, dim: int, element: int) -> int:
+def _tile(rows: int, dim: int, kv: str, packed: bool) -> int:
     """One `Tile` (plugins/paged_attention/tile.h): queries, keys, values and weights are elements, the rest float32."""
+    if packed and kv == "int8" and dim <= _MOST_QUAD_DIM:
+        sums = _QUAD_ROWS * 2 * (4 * max(dim, PAGE_TOKENS) + PAGE_TOKENS)
+        return rows * (2 * dim + 12) + sums + 4 * rows * (dim + 2)
+    element = 2 if packed and kv == "bfloat16" and dim % _PAIR_DIM == 0 else 4
     elements = rows * dim + 2 * PAGE_TOKENS * dim + rows * PAGE_TOKENS
     return element * elements + 4 * rows * (PAGE_TOKENS + dim + 2)
 

@@ -18,7 +18,7 @@ Ledger = Callable[[Run], tuple[Line, ...]]
 
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     """The plan of a run on the CPU; `fit_plan` has the rules."""
-    from plugins.ort.library import multiplies_pairs
+    from plugins.ort.library import multiplies_packed
 
     subject, limit = subject_of(bundle), bundle.manifest.limits["max_context"]
     subject = replace(subject, config=replace(subject.config, sparse=resolve_sparse(bundle, options)))
@@ -27,7 +27,7 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
         chunk=options.chunk,
         rows=options.logits_rows,
         threads=options.threads,
-        pairs=multiplies_pairs(),
+        packed=multiplies_packed(),
     )
     return fit_plan(bundle, options, lambda r: cpu_ledger(subject, r), run, free=available_memory())
 

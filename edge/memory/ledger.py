@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edge.config import ModelConfig
-from edge.kv_cache import COMPRESSED_POOLS, KV_BYTES, pages_for, pool_shapes
+from edge.kv_cache import COMPRESSED_POOLS, pages_for, pool_layout
 from edge.memory.attention import attention_bytes
 from edge.memory.step import step_bytes
 from edge.memory.weights import StoredWeights, cpu_weight_bytes
@@ -37,19 +36,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Subject:
-    """What runs: the model, how its weights and its cache are stored."""
+    """What runs: the model, how its weights are stored, and the types of activations and cache ('activation', 'kv')."""
 
     config: ModelConfig
     weights: StoredWeights
-    kv: str
+    types: Mapping[str, str]
+
+    @property
+    def kv(self) -> str:
+        """Type of the cache."""
+        return self.types["kv"]
 
 
 @dataclass(frozen=True)
 class Run:
     """How it runs: `sequences` of up to `context` tokens, `chunk` prompt tokens a step, logits of up to `rows` rows.
 
-    pairs: whether the processor multiplies pairs of bfloat16 (plugins/ort/library.py knows). resident: KV pages in
-    memory if the others are offloaded; None keeps all of them.
+    packed: whether the processor multiplies pairs of bfloat16 and fours of int8 (plugins/ort/library.py knows).
+    resident: KV pages in memory if the others are offloaded; None keeps all of them.
     """
 
     context: int
@@ -57,7 +61,7 @@ class Run:
     chunk: int = 512
     rows: int = 1
     threads: int = 1
-    pairs: bool = False
+    packed: bool = False
     resident: int | None = None
 
     @property
@@ -76,16 +80,16 @@ def total(lines: Iterable[Line]) -> int:
     return sum(line.bytes for line in lines if not line.is_elsewhere)
 
 
-def page_bytes(config: ModelConfig, kv: str) -> tuple[int, int]:
+def page_bytes(config: ModelConfig, types: Mapping[str, str]) -> tuple[int, int]:
     """Bytes of one page over all layers: 64 tokens of keys and values, and their compressed keys."""
-    sizes = {name: KV_BYTES[kv] * math.prod(shape) for name, shape in pool_shapes(config).items()}
+    sizes = {name: page.nbytes for name, page in pool_layout(config, types).items()}
     keys = sum(size for name, size in sizes.items() if name in COMPRESSED_POOLS)
     return config.num_hidden_layers * (sum(sizes.values()) - keys), config.num_hidden_layers * keys
 
 
 def cache_lines(subject: Subject, run: Run, elsewhere: str = DISK) -> list[Line]:
     """KV pages, those offloaded, and compressed keys, which never are."""
-    values, keys = page_bytes(subject.config, subject.kv)
+    values, keys = page_bytes(subject.config, subject.types)
     resident = run.pages if run.resident is None else min(run.resident, run.pages)
     lines = [Line("kv cache", resident * values, f"{resident} pages of {PAGE_TOKENS} tokens, {subject.kv}")]
     if keys:
@@ -107,7 +111,7 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
         sequences=run.sequences,
         threads=run.threads,
         context=run.context,
-        pairs=run.pairs,
+        packed=run.packed,
     )
     working = [
         *cache_lines(subject, run),

@@ -25,6 +25,11 @@ class StoredWeights:
     head_group_size: int
     embedding: str = "bfloat16"
 
+    @property
+    def stored_head(self) -> str:
+        """How the head is stored: of 16-bit weights as they are, whatever `head` says."""
+        return self.kind if BITS[self.kind] == 16 else self.head
+
     @staticmethod
     def from_manifest(weights: Mapping[str, Any], types: Mapping[str, str]) -> StoredWeights:
         """Of a manifest's `weights` and `types`; KeyError if something is missing."""
@@ -81,8 +86,7 @@ def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
     )
     for rows, columns in shapes:
         yield Matrix(rows, columns, weights.kind, weights.group_size, weights.symmetric, c.num_hidden_layers)
-    head = weights.kind if weights.head == "exact" and BITS[weights.kind] == 16 else weights.head
-    yield Matrix(c.vocab_size, c.hidden_size, head, weights.head_group_size)
+    yield Matrix(c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size)
 
 
 def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes:
@@ -109,7 +113,8 @@ def device_weight_bytes(config: ModelConfig, weights: StoredWeights) -> int:
 
     An exact head that is the embedding's own table is held once.
     """
-    total = 0 if config.tie_word_embeddings and weights.head == "exact" else config.vocab_size * config.hidden_size * 2
+    is_shared = config.tie_word_embeddings and BITS[weights.stored_head] == 16
+    total = 0 if is_shared else config.vocab_size * config.hidden_size * 2
     for m in matrices(config, weights):
         scales = 2 * m.rows * (m.columns // m.group if m.group else 1) if m.has_codes else 0
         total += m.count * (m.values * BITS[m.stored] // 8 + scales)

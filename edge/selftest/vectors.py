@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from edge.bench.models import MINICPM4_05B, MINICPM4_8B
 from edge.bundle import Manifest
 from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError
+from edge.models import MINICPM4_05B, MINICPM4_8B
 from plugins import PAGE_TOKENS
 from plugins.embedding.vectors import rows_vector
 from plugins.infllmv2.vectors import compress_vector, score_vector, select_vector
@@ -27,6 +27,7 @@ _FEW_ROWS = 5
 _TABLE_ROWS = 500  # of the embedding; a real one would only take memory
 _MOST_OUTPUTS = 1000  # of a linear operator; the last tile is a half one
 _ELEMENTS = {"float16": "half", "bfloat16": "bf16"}
+_KV_ELEMENTS = {**_ELEMENTS, "int8": "uint8_t"}
 _BITS = {"w4a16": 4, "ternary": 2}
 _HEAD_BITS = {"int8": 8, "int4": 4}
 
@@ -84,12 +85,12 @@ PUBLISHED = {
 def kernels_of(manifest: Manifest) -> ModelKernels:
     """What a bundle was exported for; EdgeError if it runs without CUDA kernels."""
     activation, kv = (manifest.types[name] for name in ("activation", "kv"))
-    if activation not in _ELEMENTS or kv not in _ELEMENTS:
+    if activation not in _ELEMENTS or kv not in _KV_ELEMENTS:
         raise EdgeError(
             f"the bundle is for {manifest.target}, with {activation} activations, and has no CUDA kernels; export it "
             "with --target rtx, tensorrt or jetson"
         )
-    found = ModelKernels(manifest.model, _ELEMENTS[activation], _ELEMENTS[kv])
+    found = ModelKernels(manifest.model, _ELEMENTS[activation], _KV_ELEMENTS[kv])
     if manifest.weights.get("linear") != "packed":
         return found
     weights = (_BITS[manifest.weights["kind"]], int(manifest.weights["group_size"]))

@@ -7,7 +7,9 @@ Inputs, for T new tokens of B sequences, in the order of the operator:
 | qkv | [T, (Hq + 2 Hkv) d] | before rotation |
 | cos, sin | [T, d/2] float32 | |
 | kv_pool | [pages, planes, Hkv, 64, d] | rotated keys, values; with use_nope also the keys before rotation |
-| c1_pool | [pages, Hkv, 4, d] | keys averaged over 32 tokens, every 16; same type as kv_pool |
+| kv_scales | [pages, planes, Hkv, 64] float32 | only of `edge.InfLLMv2AttentionInt8`, whose kv_pool holds int8 codes: |
+| | | a value is code x scale, and the largest magnitude of a token's key or value is code 127 or -127 |
+| c1_pool | [pages, Hkv, 4, d] | keys averaged over 32 tokens, every 16; same type as kv_pool; 16 bits beside int8 |
 | c2_pool | [pages, Hkv, 1, d] | keys averaged over 128 tokens, every 64 |
 | positions | [T] int32 | consecutive in each sequence; what the cache held from there on is overwritten |
 | query_start | [B + 1] int32 | |
@@ -17,8 +19,9 @@ Inputs, for T new tokens of B sequences, in the order of the operator:
 
 The attribute `max_blocks` is the most blocks that a row may select: kernels' lists are as long.
 
-Outputs: output [T, Hq d], and the three pools after the step (executors bind the same memory). The order of values
-inside a page of kv_pool is the table's for the ONNX function; kernels have their own (plugins/paged_attention/tile.h).
+Outputs: output [T, Hq d], and the pools after the step (executors bind the same memory). The order of values inside a
+page of kv_pool is the table's for the ONNX function; kernels have their own (tile.h and append.cu of
+plugins/paged_attention), and some keep a code plus 128 as a byte: what wrote a pool is all that ever reads it.
 
 A window's average is stored with the window's *last* token: window j of stride 16 (tokens 16j .. 16j+31) is slot
 (j + 1) % 4 of the sequence's page (j + 1) // 4, window j of stride 64 (tokens 64j .. 64j+127) is on page j + 1. So a

@@ -17,18 +17,23 @@ inline T* window_slot(T* pool, const AttentionStep& s, int64_t sequence, int64_t
 
 // Adds up the keys of kStride tokens, from slot `first` of a page on.
 template <class E, class T>
-inline void add_keys(const T* keys, int64_t first, float* total, int64_t dim) {
+inline void add_keys(Slice<T> keys, int64_t first, float* total, int64_t dim) {
   constexpr int64_t per = kPerElement<E>;
   for (int64_t c = 0; c < dim; c += per) {
     float row[kStride * per];
-    convert(row, keys + key_at<E>(c, first), kStride * per);
+    const T* stored = keys.values + key_at<E>(c, first);
+    if constexpr (std::is_same_v<T, int8_t>)
+      for (int64_t i = 0; i < kStride * per; ++i)
+        row[i] = static_cast<int8_t>(stored[i] ^ kKeyFlip<E>) * keys.scales[first + i / per];
+    else
+      convert(row, stored, kStride * per);
     for (int64_t i = 0; i < kStride * per; ++i) total[c + i % per] += row[i];
   }
 }
 
 // Rewrites the windows that end with one of the step's tokens.
-template <class T, class E>
-void update_windows(const AttentionStep& s, const T* pool, T* windows, int64_t slots, int64_t plane,
+template <class E, class T, class W>
+void update_windows(const AttentionStep& s, const Cache<T>& cache, W* windows, int64_t slots, int64_t plane,
                     int64_t sequence, int64_t head) {
   const int64_t begin = s.query_start[sequence], end = s.query_start[sequence + 1];
   if (begin == end) return;
@@ -36,18 +41,18 @@ void update_windows(const AttentionStep& s, const T* pool, T* windows, int64_t s
   for (int64_t u = std::max<int64_t>(1, from / stride); u < to / stride; ++u) {
     float total[kMaxHeadDim] = {};
     for (int64_t token = (u - 1) * stride; token < (u + 1) * stride; token += kStride)
-      add_keys<E>(page_slice(pool, s, s.page(sequence, token / kPage), plane, head), token % kPage, total, s.dim);
-    T* slot = window_slot(windows, s, sequence, head, u, slots);
+      add_keys<E>(cache.slice(s, s.page(sequence, token / kPage), plane, head), token % kPage, total, s.dim);
+    W* slot = window_slot(windows, s, sequence, head, u, slots);
     for (int64_t c = 0; c < s.dim; c += kWidth) store(slot + c, load(total + c) * (0.5f / stride));
   }
 }
 
-template <class T, class E>
-void compress(const AttentionStep& s, const T* pool, T* fine, T* coarse, int64_t plane, Parallel parallel) {
+template <class E, class T, class W>
+void compress(const AttentionStep& s, const Cache<T>& cache, W* fine, W* coarse, int64_t plane, Parallel parallel) {
   const Parallel spread = s.tokens() < kPage ? Parallel::serial() : parallel;
   spread(s.sequences * s.kv_heads, [&](size_t i) {
-    update_windows<T, E>(s, pool, fine, kFineSlots, plane, i / s.kv_heads, i % s.kv_heads);
-    update_windows<T, E>(s, pool, coarse, kCoarseSlots, plane, i / s.kv_heads, i % s.kv_heads);
+    update_windows<E>(s, cache, fine, kFineSlots, plane, i / s.kv_heads, i % s.kv_heads);
+    update_windows<E>(s, cache, coarse, kCoarseSlots, plane, i / s.kv_heads, i % s.kv_heads);
   });
 }
 

@@ -18,15 +18,16 @@ inline Buffer<int32_t> selected_by_any(const BlockMask& mask, const TokenTile& t
   return blocks;
 }
 
-template <class T, class E>
-void infllmv2_attention(const AttentionStep& s, T* pool, T* fine, T* coarse, const int32_t* switch_length,
-                        const SparseSettings& settings, Parallel parallel) {
-  append<T, E>(s, pool, parallel);
-  compress<T, E>(s, pool, fine, coarse, settings.use_nope ? 2 : 0, parallel);
+// T, E: the cache and what it is multiplied as; W, WE: the compressed keys.
+template <class T, class E, class W, class WE>
+void infllmv2_attention(const AttentionStep& s, const Cache<T>& cache, W* fine, W* coarse,
+                        const int32_t* switch_length, const SparseSettings& settings, Parallel parallel) {
+  append<T, E>(s, cache, parallel);
+  compress<E>(s, cache, fine, coarse, settings.use_nope ? 2 : 0, parallel);
   const auto tiles = token_tiles(s);
   BlockMask mask(s.tokens(), s.kv_heads, s.table_width);
   parallel(tiles.size(), [&](size_t i) {
-    static thread_local SelectionBuffers<T, E> buffer;
+    static thread_local SelectionBuffers<W, WE> buffer;
     const TokenTile& tile = tiles[i];
     if (settings.dense_len < 0 || switch_length[tile.sequence] >= settings.dense_len)
       select_tile(s, fine, coarse, settings, tile, mask, buffer);
@@ -45,7 +46,7 @@ void infllmv2_attention(const AttentionStep& s, T* pool, T* fine, T* coarse, con
   std::vector<BlockChoice<InMask>> choices;
   choices.reserve(tiles.size());
   for (const auto& tile : tiles) choices.push_back({selected_by_any(mask, tile), InMask{&mask, tile.head}});
-  attend<T, E>(s, pool, tiles, choices, parallel);
+  attend<T, E>(s, cache, tiles, choices, parallel);
 }
 
 }  // namespace edge

@@ -4,10 +4,11 @@ Windows are scored for all rows of the batch at once and masked. With at most as
 the best blocks are gathered: as many as a row selects, or as a sequence below dense_len has. Longer steps score every
 key and mask, as `edge.PagedAttention` does. No size depends on data, which TensorRT needs: rows that end no window
 rewrite a slot that never holds one, the first of their sequence, with what it holds. Slots that no row sees may hold
-anything, even NaN.
+anything, even NaN. `edge.InfLLMv2AttentionInt8` is the same on int8 codes with scales, and averages what these stand
+for.
 """
 
-from plugins.paged_attention.function import ROW_SEQUENCES, VISIBLE_KEYS
+from plugins.paged_attention.function import ROW_SEQUENCES, VISIBLE_KEYS, load, store
 
 
 def _index(name: str, shape: str, *parts: str) -> str:
@@ -98,14 +99,12 @@ _APPEND = (
     k_plain_plane = Unsqueeze(k_plain, axis0)
     every_plane = Concat<axis = 0>(k_plane, v_plane, k_plain_plane)
     kv_new = Slice(every_plane, axis0, planes, axis0)
-    kv_new_stored = CastLike(kv_new, kv_pool)
-    kv_pool_out = ScatterND(kv_pool, kv_index, kv_new_stored)
     averaged_plane = Mul(use_nope_int, two)
 """
 )
 
 
-def _compress(name: str, stride: int) -> str:
+def _compress(name: str, stride: int, int8: bool) -> str:
     """Average the windows of two strides that end in this step: every sequence has at most one in each stride.
 
     Sums run over the innermost axis: ONNX Runtime's order of summation depends on the number of windows otherwise.
@@ -141,8 +140,8 @@ def _compress(name: str, stride: int) -> str:
     NAME_keys_shape = Concat<axis = 0>(NAME_count, NAME_window_1d, hkv, axis1)
 """
         + _index("NAME_keys_index", "NAME_keys_shape", "NAME_page_of", "averaged_plane", "head_parts", "NAME_slot_of")
+        + load("NAME_keys_stored", "GatherND", "NAME_keys_index", int8)
         + """
-    NAME_keys_stored = GatherND(kv_pool_out, NAME_keys_index)
     NAME_keys = Cast<to = 1>(NAME_keys_stored)
     NAME_keys_by_channel = Transpose<perm = [0, 2, 3, 1]>(NAME_keys)
     NAME_mean = ReduceMean<keepdims = 0>(NAME_keys_by_channel, minus_one)
@@ -283,7 +282,7 @@ _SELECT = """
     slot_range = Range(zero, page_tokens, one)
 """
 
-_GATHER_SELECTED = (
+_CHOOSE = (
     """
         row_table_shape = Concat<axis = 0>(hkv, token_count, pages_per_sequence_1d)
         row_table_heads = Expand(row_table, row_table_shape)
@@ -294,10 +293,10 @@ _GATHER_SELECTED = (
 """
     + _index("best_k_index", "best_index_shape", "best_page_parts", "zero", "block_head_parts")
     + _index("best_v_index", "best_index_shape", "best_page_parts", "one", "block_head_parts")
-    + """
+)
+
+_GATHER_SELECTED = """
         row_keys_shape = Concat<axis = 0>(hkv, token_count, minus_one, d)
-        best_k_stored = GatherND(kv_pool_out, best_k_index)
-        best_v_stored = GatherND(kv_pool_out, best_v_index)
         best_k_blocks = CastLike(best_k_stored, qkv)
         best_v_blocks = CastLike(best_v_stored, qkv)
         best_k = Reshape(best_k_blocks, row_keys_shape)
@@ -325,7 +324,6 @@ _GATHER_SELECTED = (
         row_by_token = Transpose<perm = [1, 0, 2, 3]>(row_mixed)
         gathered = Cast<to = 1>(row_by_token)
 """
-)
 
 _MASK_ALL = (
     """
@@ -335,7 +333,6 @@ _MASK_ALL = (
         none_chosen = Expand(nothing_wide, chosen_shape)
         chosen_number = ScatterElements<axis = 2>(none_chosen, best, kept_heads)
 
-        pages = Gather<axis = 0>(kv_pool_out, table_flat)
         k_pages = Gather<axis = 1>(pages, zero)
         v_pages = Gather<axis = 1>(pages, one)
         k_by_head = Transpose<perm = [1, 3, 0, 2]>(k_pages)
@@ -366,23 +363,35 @@ _MASK_ALL = (
 """
 )
 
-_ATTEND = f"""
+
+def _attend(int8: bool) -> str:
+    best = "".join(load(f"best_{x}_stored", "GatherND", f"best_{x}_index", int8) for x in "kv")
+    pages = load("pages", "Gather<axis = 0>", "table_flat", int8)
+    return f"""
     few_rows = LessOrEqual(token_count, sequences)
     is_decode = Squeeze(few_rows, axis0)
     attention_wide = If (is_decode) <
-        then_branch = selected_blocks_graph () => (float gathered) {{{_GATHER_SELECTED}        }},
-        else_branch = all_blocks_graph () => (float all_masked) {{{_MASK_ALL}        }}
+        then_branch = selected_blocks_graph () => (float gathered) {{{_CHOOSE}{best}{_GATHER_SELECTED}        }},
+        else_branch = all_blocks_graph () => (float all_masked) {{
+{pages}{_MASK_ALL}        }}
     >
     attention = CastLike(attention_wide, qkv)
     output_shape = Concat<axis = 0>(axis0, minus_one)
     output = Reshape(attention, output_shape)
 """
 
-INFLLMV2_ATTENTION = f"""
+
+def _infllmv2_attention(int8: bool) -> str:
+    suffix, scales, scales_out = ("Int8", "kv_scales, ", "kv_scales_out, ") if int8 else ("", "", "")
+    windows = _compress("c1", 16, int8) + _compress("c2", 64, int8)
+    return f"""
 <domain: "edge", opset_import: ["" : 21]>
-InfLLMv2Attention
+InfLLMv2Attention{suffix}
     <num_heads, num_kv_heads, head_dim, scale, use_nope, max_blocks, plugin_namespace, plugin_version>
-    (qkv, cos, sin, kv_pool, c1_pool, c2_pool, positions, query_start, page_table, switch_length, sparse_settings)
-    => (output, kv_pool_out, c1_pool_out, c2_pool_out)
-{{{_CONSTANTS}{_ROTATE}{_APPEND}{_compress("c1", 16)}{_compress("c2", 64)}{_SCORE}{_SELECT}{_ATTEND}}}
+    (qkv, cos, sin, kv_pool, {scales}c1_pool, c2_pool, positions, query_start, page_table, switch_length,
+     sparse_settings) => (output, kv_pool_out, {scales_out}c1_pool_out, c2_pool_out)
+{{{_CONSTANTS}{_ROTATE}{_APPEND}{store("kv_index", int8)}{windows}{_SCORE}{_SELECT}{_attend(int8)}}}
 """
+
+
+INFLLMV2_ATTENTION, INFLLMV2_ATTENTION_INT8 = _infllmv2_attention(int8=False), _infllmv2_attention(int8=True)

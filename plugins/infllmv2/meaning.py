@@ -11,7 +11,7 @@ import numpy as np
 
 from plugins import PAGE_TOKENS
 from plugins.infllmv2 import STRIDE, WINDOW
-from plugins.paged_attention.meaning import append, causal_attention, gather, rotate
+from plugins.paged_attention.meaning import append, causal_attention, gather, rotate, stored_values
 
 FINE, COARSE = (WINDOW, STRIDE), (4 * WINDOW, 4 * STRIDE)
 LARGEST_EXPONENT = np.float32(80)  # exp(80) times any number of heads is finite
@@ -134,11 +134,13 @@ def infllmv2_attention(
     num_kv_heads: int,
     scale: float,
     use_nope: bool,
+    kv_scales: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One step; the three pools are updated in place. Shapes: see the package's docstring. Returns [T, Hq d].
+    """One step; the pools, and an int8 one's scales, are updated in place. Shapes: see the package's docstring.
 
-    Compressed keys are kept up in every step. Sequence b is sparse if dense_len is negative or switch_length[b] has
-    reached it. With `use_nope` blocks are chosen by queries and keys before rotation; attention always rotates.
+    Returns [T, Hq d]. Compressed keys are kept up in every step. Sequence b is sparse if dense_len is negative or
+    switch_length[b] has reached it. With `use_nope` blocks are chosen by queries and keys before rotation; attention
+    always rotates.
     """
     tokens, head_dim = qkv.shape[0], kv_pool.shape[-1]
     q_plain, k_plain, v = np.split(qkv.reshape(tokens, -1, head_dim), [num_heads, num_heads + num_kv_heads], axis=1)
@@ -150,14 +152,14 @@ def infllmv2_attention(
         new = np.arange(query_start[b], query_start[b + 1])
         if not len(new):
             continue
-        append(kv_pool, k[new], v[new], pages, positions[new])
-        if use_nope:
-            kv_pool[pages[positions[new] // PAGE_TOKENS], 2, :, positions[new] % PAGE_TOKENS] = k_plain[new]
-        compress(c1_pool, kv_pool, pages, positions[new], *FINE)
-        compress(c2_pool, kv_pool, pages, positions[new], *COARSE)
+        planes = (k[new], v[new], k_plain[new])[: 3 if use_nope else 2]
+        append(kv_pool, planes, pages, positions[new], kv_scales)
+        stored = stored_values(kv_pool, kv_scales)
+        compress(c1_pool, stored, pages, positions[new], *FINE)
+        compress(c2_pool, stored, pages, positions[new], *COARSE)
 
         length = int(positions[new].max()) + 1
-        keys, values = (kept.astype(q.dtype) for kept in gather(kv_pool[:, :2], pages, length))
+        keys, values = (kept.astype(q.dtype) for kept in gather(stored[:, :2], pages, length))
         c1 = stored_windows(c1_pool, pages, window_count(length, *FINE))
         c2 = stored_windows(c2_pool, pages, window_count(length, *COARSE))
         blocks = -(-length // PAGE_TOKENS)

@@ -181,7 +181,7 @@ void select_tile(const AttentionStep& s, const T* fine, const T* coarse, const S
   const int64_t last_block = s.positions[tile.last - 1] / kPage, blocks = last_block + 1;
   if (blocks > settings.selected_blocks) {
     buffer.tile.start((tile.last - tile.first) * s.group(), s.dim);
-    load_queries(s, tile.head, tile.first, tile.last, buffer.tile.q.data(), !settings.use_nope);
+    load_queries(s, tile.head, tile.first, tile.last, buffer.tile, !settings.use_nope);
     coarse_pass(s, coarse, tile, buffer);
     fine_pass(s, fine, settings, tile, blocks, buffer);
   }

@@ -11,7 +11,7 @@ from plugins.infllmv2.launch import scratch as selection_scratch
 from plugins.infllmv2.offloaded import run_offloaded
 from plugins.launch import Launch
 from plugins.paged_attention.launch import AttentionShape, append, attend, scratch_up_to
-from plugins.paged_attention.trt import STEP_TYPES, attention_shape
+from plugins.paged_attention.trt import INT8_TYPES, STEP_TYPES, attention_shape
 from plugins.plugin import Buffers, Call, PageOffload, SimpleOperator, Tensor
 
 
@@ -76,3 +76,17 @@ class InfLLMv2Attention(SimpleOperator):
             limit=self.max_blocks,
             use_nope=bool(self.use_nope),
         )
+
+
+@dataclass(frozen=True)
+class InfLLMv2AttentionInt8(InfLLMv2Attention):
+    """InfLLMv2Attention on an int8 kv_pool, whose scales it keeps in kv_scales; compressed keys have 16 bits."""
+
+    NAME: ClassVar[str] = "InfLLMv2AttentionInt8"
+    INPUTS: ClassVar[tuple[str, ...]] = (*InfLLMv2Attention.INPUTS[:4], "kv_scales", *InfLLMv2Attention.INPUTS[4:])
+    OUTPUTS: ClassVar[tuple[str, ...]] = ("output", "kv_pool_out", "kv_scales_out", "c1_pool_out", "c2_pool_out")
+    SAME_MEMORY: ClassVar[Mapping[str, str]] = {**InfLLMv2Attention.SAME_MEMORY, "kv_scales_out": "kv_scales"}
+
+    def types(self) -> Mapping[str, str]:
+        """As plugins/infllmv2/__init__.py has them."""
+        return {**super().types(), **INT8_TYPES}

@@ -118,33 +118,43 @@ struct AttentionShape {
 void* pool_output(void* context, size_t index, const ort::Tensor& pool) {
   void* out = ort::output(context, index, pool.shape);
   if (out != pool.data) {
-    size_t bytes = pool.type == ort::kFloat ? 4 : 2;
+    size_t bytes = pool.type == ort::kFloat ? 4 : pool.type == ort::kInt8 ? 1 : 2;
     for (const int64_t n : pool.shape) bytes *= n;
     memcpy(out, pool.data, bytes);
   }
   return out;
 }
 
-// Calls run(pool type, element type): products of bfloat16 pairs where the processor has them.
-template <class Run>
-void with_pool_type(ort::ElementType type, int64_t dim, Run run) {
-  if (type == ort::kFloat) return run(float{}, float{});
-  if (type == ort::kFloat16) return run(edge::half{}, float{});
-  if constexpr (edge::kMultipliesPairs)
-    if (dim % (2 * edge::kWidth) == 0) return run(edge::bfloat16{}, edge::Pair{});
-  run(edge::bfloat16{}, float{});
+// Calls run(pool type, element type): products of bfloat16 pairs, or of bytes, where the processor has them.
+template <ort::ElementType Type, class Run>
+void with_types(int64_t dim, Run run) {
+  if constexpr (Type == ort::kFloat) {
+    run(float{}, float{});
+  } else if constexpr (Type == ort::kFloat16) {
+    run(edge::half{}, float{});
+  } else if constexpr (Type == ort::kBFloat16) {
+    if constexpr (edge::kMultipliesPairs)
+      if (dim % (2 * edge::kWidth) == 0) return run(edge::bfloat16{}, edge::Pair{});
+    run(edge::bfloat16{}, float{});
+  } else {
+    static_assert(Type == ort::kInt8);
+    if constexpr (edge::kMultipliesQuads)
+      if (dim <= edge::kMaxQuadDim) return run(int8_t{}, edge::Quad{});
+    run(int8_t{}, float{});
+  }
 }
 
+template <bool kInt8Cache>
 struct PagedAttention {
-  static constexpr const char* name = "PagedAttention";
-  static constexpr size_t inputs = 7, outputs = 2;
-  enum Input { kQkv, kCos, kSin, kPool, kPositions, kQueryStart, kPageTable };
+  static constexpr const char* name = kInt8Cache ? "PagedAttentionInt8" : "PagedAttention";
+  static constexpr size_t inputs = 7 + kInt8Cache, outputs = 2 + kInt8Cache;
+  enum Input { kQkv, kCos, kSin, kPool, kScales, kPositions = 4 + kInt8Cache };
 
   static ort::ElementType input_type(size_t i) {
-    if (i == kPool) return ort::kUndefined;  // float, float16 or bfloat16
-    return i > kPool ? ort::kInt32 : ort::kFloat;
+    if (i == kPool) return kInt8Cache ? ort::kInt8 : ort::kUndefined;  // undefined: float, float16 or bfloat16
+    return i >= kPositions ? ort::kInt32 : ort::kFloat;
   }
-  static ort::ElementType output_type(size_t i) { return i == 0 ? ort::kFloat : ort::kUndefined; }
+  static ort::ElementType output_type(size_t i) { return i == 1 ? input_type(kPool) : ort::kFloat; }
 
   AttentionShape shape;
 
@@ -154,25 +164,39 @@ struct PagedAttention {
     const auto pool = ort::input(context, kPool);
     const auto step = shape.step(context, kPositions, pool.shape[1]);
     void* pool_out = pool_output(context, 1, pool);
-    with_pool_type(pool.type, shape.dim, [&](auto type, auto element) {
+    float* scales = nullptr;
+    if constexpr (kInt8Cache) scales = static_cast<float*>(pool_output(context, 2, ort::input(context, kScales)));
+    const auto run = [&](auto type, auto element) {
       using T = decltype(type);
-      edge::paged_attention<T, decltype(element)>(step, static_cast<T*>(pool_out), ort::parallel(context));
-    });
+      edge::paged_attention<T, decltype(element)>(step, {static_cast<T*>(pool_out), scales}, ort::parallel(context));
+    };
+    if constexpr (kInt8Cache)
+      with_types<ort::kInt8>(shape.dim, run);
+    else if (pool.type == ort::kFloat)
+      with_types<ort::kFloat>(shape.dim, run);
+    else if (pool.type == ort::kFloat16)
+      with_types<ort::kFloat16>(shape.dim, run);
+    else
+      with_types<ort::kBFloat16>(shape.dim, run);
   }
 };
 
 // ONNX Runtime infers an output's type from one input at most, so each pool type is an operator of its own.
 template <ort::ElementType Pool>
 struct InfLlmV2Attention {
-  static constexpr const char* name = "InfLLMv2Attention";
-  static constexpr size_t inputs = 11, outputs = 4;
-  enum Input { kQkv, kCos, kSin, kPool, kC1, kC2, kPositions, kQueryStart, kPageTable, kSwitchLength, kSettings };
+  static constexpr bool kInt8Cache = Pool == ort::kInt8;
+  static constexpr ort::ElementType kCompressed = kInt8Cache ? ort::kBFloat16 : Pool;
+  static constexpr const char* name = kInt8Cache ? "InfLLMv2AttentionInt8" : "InfLLMv2Attention";
+  static constexpr size_t inputs = 11 + kInt8Cache, outputs = 4 + kInt8Cache;
+  enum Input { kQkv, kCos, kSin, kPool, kScales, kC1 = 4 + kInt8Cache, kC2, kPositions, kQueryStart, kPageTable,
+               kSwitchLength, kSettings };
 
   static ort::ElementType input_type(size_t i) {
-    if (i >= kPool && i <= kC2) return Pool;
+    if (i == kPool) return Pool;
+    if (i == kC1 || i == kC2) return kCompressed;
     return i > kC2 ? ort::kInt32 : ort::kFloat;
   }
-  static ort::ElementType output_type(size_t i) { return i == 0 ? ort::kFloat : Pool; }
+  static ort::ElementType output_type(size_t i) { return i == 0 ? ort::kFloat : input_type(kPool + i - 1); }
 
   AttentionShape shape;
   bool use_nope;
@@ -185,13 +209,24 @@ struct InfLlmV2Attention {
     const auto* switch_length = ort::input(context, kSwitchLength).template as<int32_t>();
     const auto* given = ort::input(context, kSettings).template as<int32_t>();
     const edge::SparseSettings settings{given[0], given[1], given[2], given[3], use_nope};
-    void *pool_out = pool_output(context, 1, pool), *c1_out = pool_output(context, 2, c1);
-    void* c2_out = pool_output(context, 3, c2);
-    with_pool_type(Pool, shape.dim, [&](auto type, auto element) {
+    void *pool_out = pool_output(context, 1, pool), *c1_out = pool_output(context, kC1 - kPool + 1, c1);
+    void* c2_out = pool_output(context, kC2 - kPool + 1, c2);
+    float* scales = nullptr;
+    if constexpr (kInt8Cache) scales = static_cast<float*>(pool_output(context, 2, ort::input(context, kScales)));
+    const auto run = [&](auto type, auto element, auto window, auto window_element) {
       using T = decltype(type);
-      edge::infllmv2_attention<T, decltype(element)>(step, static_cast<T*>(pool_out), static_cast<T*>(c1_out),
-                                                     static_cast<T*>(c2_out), switch_length, settings,
-                                                     ort::parallel(context));
+      using W = decltype(window);
+      edge::infllmv2_attention<T, decltype(element), W, decltype(window_element)>(
+          step, {static_cast<T*>(pool_out), scales}, static_cast<W*>(c1_out), static_cast<W*>(c2_out), switch_length,
+          settings, ort::parallel(context));
+    };
+    with_types<Pool>(shape.dim, [&](auto type, auto element) {
+      if constexpr (kInt8Cache)
+        with_types<kCompressed>(shape.dim, [&](auto window, auto window_element) {
+          run(type, element, window, window_element);
+        });
+      else
+        run(type, element, type, element);
     });
   }
 };
@@ -229,10 +264,12 @@ EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   if (auto* status = register_pools()) return status;
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
                                 ort::make_custom_op<SwiGlu>(), ort::make_custom_op<AddGroupOffsets>(),
-                                ort::make_custom_op<PagedAttention>(),
+                                ort::make_custom_op<PagedAttention<false>>(),
+                                ort::make_custom_op<PagedAttention<true>>(),
                                 ort::make_custom_op<InfLlmV2Attention<ort::kFloat>>(),
                                 ort::make_custom_op<InfLlmV2Attention<ort::kFloat16>>(),
-                                ort::make_custom_op<InfLlmV2Attention<ort::kBFloat16>>()};
+                                ort::make_custom_op<InfLlmV2Attention<ort::kBFloat16>>(),
+                                ort::make_custom_op<InfLlmV2Attention<ort::kInt8>>()};
   void* domain = nullptr;
   if (auto* status = ort::call(ort::kCreateCustomOpDomain, "edge", &domain)) return status;
   for (auto& op : ops)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")
 # Best first. The flags are those of /proc/cpuinfo; an entry is used if the processor has them all.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "x86_64_v4_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16"),
-        "x86_64_v4": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"),
+        "x86_64_v4_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
+        "x86_64_v4": _AVX512,
         "x86_64_v3": ("avx2", "fma", "f16c", "bmi2"),
     },
     "aarch64": {"armv8_2": ("asimdhp", "asimddp")},
@@ -42,8 +43,8 @@ def find_library() -> Path | None:
     return None
 
 
-def multiplies_pairs() -> bool:
-    """Whether the kernels multiply pairs of bfloat16: attention then works in half the bytes."""
+def multiplies_packed() -> bool:
+    """Whether the kernels multiply pairs of bfloat16 and fours of int8: attention then works in fewer bytes."""
     path = find_library()
     return path is not None and path.stem.endswith("_bf16")
 

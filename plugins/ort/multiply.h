@@ -1,4 +1,4 @@
-// A small matrix product for tiles that fit the caches, float32 sums of float32 or bfloat16 products.
+// A small matrix product for tiles that fit the caches: float32 sums of float32 or bfloat16 products, int32 sums of bytes'.
 #pragma once
 #include <cstdint>
 
@@ -12,28 +12,29 @@ struct Idle {
 };
 
 // C[M x N] += A[M x K] B[K x N], row strides lda, ldb, ldc, for one strip of M = MR rows and NV vectors.
-// E is float, or Pair: two neighbours along K in one 32-bit element, so that K counts pairs.
-template <int MR, int NV, class E, class Aside>
-inline void multiply_strip(const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc, int64_t k_count,
+// A and B are float, Pair (two neighbours along K in one 32-bit element, so that K counts pairs), or Quad and
+// UnsignedQuad (four).
+template <int MR, int NV, class A, class B, class C, class Aside>
+inline void multiply_strip(const A* a, int64_t lda, const B* b, int64_t ldb, C* c, int64_t ldc, int64_t k_count,
                            Aside& aside) {
-  vf acc[MR][NV];
+  Vector<C> acc[MR][NV];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NV; ++n) acc[m][n] = load(c + m * ldc + n * kWidth);
   for (int64_t k = 0; k < k_count; ++k) {
     aside();
-    Vector<E> bv[NV];
+    Vector<B> bv[NV];
     for (int n = 0; n < NV; ++n) bv[n] = load(b + k * ldb + n * kWidth);
     for (int m = 0; m < MR; ++m) {
-      const Vector<E> av = splat(a[m * lda + k]);
-      for (int n = 0; n < NV; ++n) acc[m][n] = multiply_add(av, bv[n], acc[m][n]);
+      const Vector<A> av = splat(a[m * lda + k]);
+      for (int n = 0; n < NV; ++n) acc[m][n] = multiply_add<A, B>(av, bv[n], acc[m][n]);
     }
   }
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NV; ++n) store(c + m * ldc + n * kWidth, acc[m][n]);
 }
 
-template <int NV, class E, class Aside>
-inline void multiply_columns(const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+template <int NV, class A, class B, class C, class Aside>
+inline void multiply_columns(const A* a, int64_t lda, const B* b, int64_t ldb, C* c, int64_t ldc, int64_t rows,
                              int64_t k_count, Aside& aside) {
   int64_t m = 0;
   // 8 rows, a common group of query heads, go better as 4 + 4 than as 6 + 2.
@@ -45,8 +46,8 @@ inline void multiply_columns(const E* a, int64_t lda, const E* b, int64_t ldb, f
 }
 
 // C[rows x columns] += A B; columns is a multiple of 16. `aside` runs along, as to prefetch what comes next.
-template <class E, class Aside = Idle>
-inline void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+template <class A, class B, class C, class Aside = Idle>
+inline void multiply(const A* a, int64_t lda, const B* b, int64_t ldb, C* c, int64_t ldc, int64_t rows,
                      int64_t columns, int64_t k_count, Aside&& aside = {}) {
   constexpr int kVectors = kWidth == 8 ? 2 : 4;  // 6 x kVectors accumulators fill the register file
   int64_t n = 0;

@@ -41,7 +41,7 @@ enum Slot : int {
 
 constexpr uint32_t kApiVersion = 17;
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
 
 // OrtCustomOp, version 7 of the struct (all that a required, non-variadic signature needs).
 struct CustomOp {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -33,10 +34,24 @@ struct Pair {
   bfloat16 first, second;
 };
 
+// Four bytes: what one lane of an integer product takes, signed ones on one side and unsigned ones on the other.
+struct Quad {
+  int8_t bytes[4];
+};
+struct UnsignedQuad {
+  uint8_t bytes[4];
+};
+
 #if defined(__AVX512BF16__)
 constexpr bool kMultipliesPairs = true;
 #else
 constexpr bool kMultipliesPairs = false;
+#endif
+
+#if defined(__AVX512VNNI__)
+constexpr bool kMultipliesQuads = true;
+#else
+constexpr bool kMultipliesQuads = false;
 #endif
 
 template <class E>
@@ -45,6 +60,18 @@ struct VectorOf {
 };
 template <>
 struct VectorOf<Pair> {
+  typedef vi type;
+};
+template <>
+struct VectorOf<Quad> {
+  typedef vi type;
+};
+template <>
+struct VectorOf<UnsignedQuad> {
+  typedef vi type;
+};
+template <>
+struct VectorOf<int32_t> {
   typedef vi type;
 };
 template <class E>
@@ -60,23 +87,44 @@ inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 inline vf splat(float x) { return vf{} + x; }
 
-inline vi load(const Pair* p) {
+// Pairs, quads or integers.
+template <class Lane>
+inline vi load(const Lane* p) {
+  static_assert(sizeof(Lane) == 4);
   vi v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 
-inline vi splat(Pair x) {
+template <class Lane>
+inline vi splat(Lane x) {
+  static_assert(sizeof(Lane) == 4);
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return vi{} + bits;
 }
 
-inline vf multiply_add(vf a, vf b, vf sum) { return sum + a * b; }
+inline void store(int32_t* p, vi v) { memcpy(p, &v, sizeof v); }
 
+// sum += a * b in every lane, with the types of a and b.
+template <class A, class B>
+inline vf multiply_add(Vector<A> a, Vector<B> b, vf sum) {
 #if defined(__AVX512BF16__)
-// sum += a.first * b.first + a.second * b.second, in every lane.
-inline vf multiply_add(vi a, vi b, vf sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+  if constexpr (std::is_same_v<A, Pair>)  // a.first * b.first + a.second * b.second
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+  if constexpr (std::is_same_v<A, float>) return sum + a * b;
+}
+
+#if defined(__AVX512VNNI__)
+template <class A, class B>
+inline vi multiply_add(Vector<A> a, Vector<B> b, vi sum) {
+  static_assert(std::is_same_v<A, UnsignedQuad> != std::is_same_v<B, UnsignedQuad>);
+  if constexpr (std::is_same_v<A, UnsignedQuad>)
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  else
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a);
+}
 #endif
 
 inline vf load(const half* p) {
@@ -98,6 +146,18 @@ inline void store(half* p, vf v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__ARM_NEON)
   vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+#endif
+}
+
+inline vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__ARM_NEON)
+  uint32_t bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
 #endif
 }
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "plugins/ort/parallel.h"
-#include "plugins/paged_attention/tile.h"
+#include "plugins/paged_attention/quad_tile.h"
 
 namespace edge {
 
@@ -40,11 +40,17 @@ struct AttentionStep {
   const float* query(int64_t token, int64_t head) const { return qkv + token * row_stride() + head * dim; }
 };
 
-// One (page, plane, head) slice [64, dim] of the pool [pages, planes, kv_heads, 64, dim].
+// A layer's pool [pages, planes, kv_heads, 64, dim] and, of int8 codes, their scales [pages, planes, kv_heads, 64].
 template <class T>
-inline T* page_slice(T* pool, const AttentionStep& s, int64_t page, int64_t plane, int64_t head) {
-  return pool + ((page * s.planes + plane) * s.kv_heads + head) * kPage * s.dim;
-}
+struct Cache {
+  T* pool;
+  float* scales = nullptr;
+
+  Slice<T> slice(const AttentionStep& s, int64_t page, int64_t plane, int64_t head) const {
+    const int64_t first = ((page * s.planes + plane) * s.kv_heads + head) * kPage;
+    return {pool + first * s.dim, scales == nullptr ? nullptr : scales + first};
+  }
+};
 
 // Half-rotation RoPE of one head (spec: infllmv2.md 2), times `scale`.
 inline void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t dim, float scale) {
@@ -56,24 +62,25 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
   }
 }
 
-// The query heads of one group for tokens [first, last), scaled and as elements -> q [tokens * G, dim].
+// The query heads of one group for tokens [first, last), scaled -> the tile's q [tokens * G, dim].
 template <class E>
-inline void load_queries(const AttentionStep& s, int64_t head, int64_t first, int64_t last, E* q, bool rotated) {
+inline void load_queries(const AttentionStep& s, int64_t head, int64_t first, int64_t last, Tile<E>& tile,
+                         bool rotated) {
   float row[kMaxHeadDim];
   for (int64_t t = first; t < last; ++t)
-    for (int64_t g = 0; g < s.group(); ++g, q += s.dim / kPerElement<E>) {
+    for (int64_t g = 0; g < s.group(); ++g) {
       const float* query = s.query(t, head * s.group() + g);
       if (rotated)
         rotate(query, s.cos + t * s.dim / 2, s.sin + t * s.dim / 2, row, s.dim, s.scale);
       else
         for (int64_t c = 0; c < s.dim; ++c) row[c] = query[c] * s.scale;
-      to_elements(row, q, s.dim);
+      tile.set_query((t - first) * s.group() + g, row, s.dim);
     }
 }
 
 // Rotates the step's keys and writes keys and values to their pages.
 template <class T, class E>
-void append(const AttentionStep& s, T* pool, Parallel parallel) {
+void append(const AttentionStep& s, const Cache<T>& cache, Parallel parallel) {
   parallel(s.sequences, [&](size_t b) {
     float rotated[kMaxHeadDim];
     for (int64_t t = s.query_start[b]; t < s.query_start[b + 1]; ++t) {
@@ -82,9 +89,9 @@ void append(const AttentionStep& s, T* pool, Parallel parallel) {
       for (int64_t h = 0; h < s.kv_heads; ++h) {
         const float* key = s.query(t, s.heads + h);
         rotate(key, s.cos + t * s.dim / 2, s.sin + t * s.dim / 2, rotated, s.dim, 1.0f);
-        store_key<E>(page_slice(pool, s, page, 0, h), slot, rotated, s.dim);
-        store_value<E>(page_slice(pool, s, page, 1, h), slot, key + s.kv_heads * s.dim, s.dim);
-        if (s.planes == 3) store_key<E>(page_slice(pool, s, page, 2, h), slot, key, s.dim);
+        store_key<E>(cache.slice(s, page, 0, h), slot, rotated, s.dim);
+        store_value<E>(cache.slice(s, page, 1, h), slot, key + s.kv_heads * s.dim, s.dim);
+        if (s.planes == 3) store_key<E>(cache.slice(s, page, 2, h), slot, key, s.dim);
       }
     }
   });
@@ -116,11 +123,11 @@ struct BlockChoice {
 
 // One tile over blocks [begin, end) of its choice; leaves sums of weights x values in `buffer`, not yet divided.
 template <class T, class E, class Selected>
-void attend_blocks(const AttentionStep& s, const T* pool, const TokenTile& tile, const BlockChoice<Selected>& choice,
-                   int64_t begin, int64_t end, Tile<E>& buffer) {
+void attend_blocks(const AttentionStep& s, const Cache<T>& cache, const TokenTile& tile,
+                   const BlockChoice<Selected>& choice, int64_t begin, int64_t end, Tile<E>& buffer) {
   const int64_t group = s.group(), dim = s.dim;
   buffer.start((tile.last - tile.first) * group, dim);
-  load_queries(s, tile.head, tile.first, tile.last, buffer.q.data(), true);
+  load_queries(s, tile.head, tile.first, tile.last, buffer, true);
   const int64_t highest = s.positions[tile.last - 1];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block = choice.blocks[i], start = block * kPage;
@@ -135,11 +142,17 @@ void attend_blocks(const AttentionStep& s, const T* pool, const TokenTile& tile,
       if (loaded.written == 0) {
         const int64_t page = s.page(tile.sequence, block);
         const int64_t next = s.page(tile.sequence, choice.blocks[std::min(i + 1, end - 1)]);
-        loaded = {load_keys(page_slice(pool, s, page, 0, tile.head), buffer.keys.data(), dim),
-                  load_values(page_slice(pool, s, page, 1, tile.head), buffer.values.data(), dim, written), written,
-                  Prefetch::of(page_slice(pool, s, next, 0, tile.head), kPage * dim),
-                  Prefetch::of(page_slice(pool, s, next, 1, tile.head), kPage * dim)};
-        pool_bytes_read.fetch_add(2 * written * dim * sizeof(T), std::memory_order_relaxed);
+        const auto keys = cache.slice(s, page, 0, tile.head), next_keys = cache.slice(s, next, 0, tile.head);
+        const auto values = cache.slice(s, page, 1, tile.head), next_values = cache.slice(s, next, 1, tile.head);
+        loaded = {load_keys(keys.values, buffer.keys.data(), dim),
+                  load_values(values.values, buffer.values.data(), dim, written),
+                  load_scales(keys, next_keys, buffer.key_scales, written),
+                  load_scales(values, next_values, buffer.value_scales, written),
+                  written,
+                  Prefetch::of(next_keys.values, kPage * dim),
+                  Prefetch::of(next_values.values, kPage * dim)};
+        const int64_t scale_bytes = cache.scales == nullptr ? 0 : sizeof(float);
+        pool_bytes_read.fetch_add(2 * written * (dim * sizeof(T) + scale_bytes), std::memory_order_relaxed);
       }
       attend_rows(buffer, (t - tile.first) * group, (run - tile.first) * group, dim, loaded, visible);
     }
@@ -178,8 +191,8 @@ inline void merge(Partial* parts, int64_t count, int64_t rows, int64_t dim) {
 
 // Attention of every tile over the blocks of its choice.
 template <class T, class E, class Choices>
-void attend(const AttentionStep& s, const T* pool, const std::vector<TokenTile>& tiles, const Choices& choices,
-            Parallel parallel) {
+void attend(const AttentionStep& s, const Cache<T>& cache, const std::vector<TokenTile>& tiles,
+            const Choices& choices, Parallel parallel) {
   struct Task {
     size_t tile;
     int64_t begin, end;
@@ -199,7 +212,7 @@ void attend(const AttentionStep& s, const T* pool, const std::vector<TokenTile>&
   parallel(tasks.size(), [&](size_t i) {
     static thread_local Tile<E> buffer;
     const Task& task = tasks[i];
-    attend_blocks(s, pool, tiles[task.tile], choices[task.tile], task.begin, task.end, buffer);
+    attend_blocks(s, cache, tiles[task.tile], choices[task.tile], task.begin, task.end, buffer);
     if (task.part == nullptr)
       write_rows(s, tiles[task.tile], buffer.out.data(), buffer.row_sum.data());
     else
@@ -213,8 +226,8 @@ void attend(const AttentionStep& s, const T* pool, const std::vector<TokenTile>&
 }
 
 template <class T, class E>
-void paged_attention(const AttentionStep& s, T* pool, Parallel parallel) {
-  append<T, E>(s, pool, parallel);
+void paged_attention(const AttentionStep& s, const Cache<T>& cache, Parallel parallel) {
+  append<T, E>(s, cache, parallel);
   const auto every = [](int64_t, int64_t) { return true; };
   const auto tiles = token_tiles(s);
   std::vector<BlockChoice<decltype(every)>> choices;
@@ -225,7 +238,7 @@ void paged_attention(const AttentionStep& s, T* pool, Parallel parallel) {
     choices.back().blocks.resize(blocks);
     std::iota(choices.back().blocks.begin(), choices.back().blocks.end(), 0);
   }
-  attend<T, E>(s, pool, tiles, choices, parallel);
+  attend<T, E>(s, cache, tiles, choices, parallel);
 }
 
 }  // namespace edge

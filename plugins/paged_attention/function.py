@@ -3,6 +3,7 @@
 It is the reference an executor without a kernel runs. Every key of the batch is scored against every row and
 masked, so its memory is O(Hq * T * B * P * 64); the kernels never build that matrix. Queries are scaled before
 the product, which float16 could not hold otherwise, and slots that no row sees may hold anything, even NaN.
+`edge.PagedAttentionInt8` is the same on int8 codes with a scale for each token, plane and KV head.
 """
 
 # To which sequence each row of a step belongs: as many as end at or before it. Shared with edge.InfLLMv2Attention.
@@ -35,12 +36,63 @@ VISIBLE_KEYS = """
     written_column = Unsqueeze(written, axis1)
 """
 
-PAGED_ATTENTION = (
-    """
+# kv_new, with an index for each vector of it, to the pool. Shared with edge.InfLLMv2Attention.
+_STORE = """
+    kv_new_stored = CastLike(kv_new, kv_pool)
+    kv_pool_out = ScatterND(kv_pool, INDEX, kv_new_stored)
+"""
+
+# The largest magnitude of a vector becomes 127 steps. Casts, because TensorRT's parser refuses the second copy of a
+# function with a QuantizeLinear: it gives both layers one name.
+_STORE_INT8 = """
+    most_steps = Constant<value_float = 127.0>()
+    no_steps = Constant<value_float = 0.0>()
+    kv_new_wide = Cast<to = 1>(kv_new)
+    kv_new_size = Abs(kv_new_wide)
+    kv_new_most = ReduceMax(kv_new_size, minus_one)
+    kv_new_is_something = Greater(kv_new_most, no_steps)
+    kv_new_steps_any = Div(most_steps, kv_new_most)
+    kv_new_steps = Where(kv_new_is_something, kv_new_steps_any, no_steps)
+    kv_new_in_steps = Mul(kv_new_wide, kv_new_steps)
+    kv_new_rounded = Round(kv_new_in_steps)
+    kv_new_codes = Cast<to = 3>(kv_new_rounded)
+    kv_new_scale = Div(kv_new_most, most_steps)
+    kv_new_scales = Squeeze(kv_new_scale, minus_one)
+    kv_pool_out = ScatterND(kv_pool, INDEX, kv_new_codes)
+    kv_scales_out = ScatterND(kv_scales, INDEX, kv_new_scales)
+"""
+
+_LOAD_INT8 = """    NAME_codes = GATHER(kv_pool_out, INDEX)
+    NAME_in_steps = Cast<to = 1>(NAME_codes)
+    NAME_scales = GATHER(kv_scales_out, INDEX)
+    NAME_scale = Unsqueeze(NAME_scales, minus_one)
+    NAME = Mul(NAME_in_steps, NAME_scale)
+"""
+
+
+def store(index: str, int8: bool) -> str:
+    """The vectors kv_new [..., d] to the places that `index` [..., 4] names; slots keep what they have elsewhere."""
+    return (_STORE_INT8 if int8 else _STORE).replace("INDEX", index)
+
+
+def load(name: str, gather: str, index: str, int8: bool) -> str:
+    """`name`: what the pool holds at `index`, [..., d], as it is stored or, of int8, as float32."""
+    text = _LOAD_INT8 if int8 else "    NAME = GATHER(kv_pool_out, INDEX)\n"
+    return text.replace("NAME", name).replace("GATHER", gather).replace("INDEX", index)
+
+
+def _paged_attention(int8: bool) -> str:
+    suffix, scales, scales_out = ("Int8", "kv_scales, ", ", kv_scales_out") if int8 else ("", "", "")
+    return f"""
 <domain: "edge", opset_import: ["" : 21]>
-PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plugin_version>
-    (qkv, cos, sin, kv_pool, positions, query_start, page_table) => (output, kv_pool_out)
-{
+PagedAttention{suffix} <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plugin_version>
+    (qkv, cos, sin, kv_pool, {scales}positions, query_start, page_table) => (output, kv_pool_out{scales_out})
+{{{_ROTATE}{ROW_SEQUENCES}{_INDEX}{store("index", int8)}
+{load("pages", "Gather<axis = 0>", "table_flat", int8)}{_ATTEND}}}
+"""
+
+
+_ROTATE = """
     zero = Constant<value_int = 0>()
     one = Constant<value_int = 1>()
     axis0 = Constant<value_ints = [0]>()
@@ -82,11 +134,12 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     k_fs = Mul(k_first, sin_heads)
     k_rot_first = Sub(k_fc, k_ss)
     k_rot_second = Add(k_sc, k_fs)
-    k_rot = Concat<axis = -1>(k_rot_first, k_rot_second)
+    k_rot_wide = Concat<axis = -1>(k_rot_first, k_rot_second)
+    k_rot = CastLike(k_rot_wide, qkv)
 
 """
-    + ROW_SEQUENCES
-    + """
+
+_INDEX = """
     position = Cast<to = 7>(positions)
     table = Cast<to = 7>(page_table)
     page_index = Div(position, page_tokens)
@@ -109,13 +162,12 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     key_index = Concat<axis = 2>(page_part, key_part, head_part, slot_part)
     value_index = Concat<axis = 2>(page_part, value_part, head_part, slot_part)
     index = Concat<axis = 0>(key_index, value_index)
-    k_stored = CastLike(k_rot, kv_pool)
-    v_stored = CastLike(v, kv_pool)
-    kv_new = Concat<axis = 0>(k_stored, v_stored)
-    kv_pool_out = ScatterND(kv_pool, index, kv_new)
-
+    kv_new = Concat<axis = 0>(k_rot, v)
     table_flat = Reshape(table, minus_one)
-    pages = Gather<axis = 0>(kv_pool_out, table_flat)
+"""
+
+_ATTEND = (
+    """
     k_pages_5d, v_pages_5d = Split<axis = 1, num_outputs = 2>(pages)
     k_pages = Squeeze(k_pages_5d, axis1)
     v_pages = Squeeze(v_pages_5d, axis1)
@@ -150,6 +202,7 @@ PagedAttention <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plug
     by_token = Transpose<perm = [2, 0, 1, 3]>(mixed)
     output_shape = Concat<axis = 0>(axis0, minus_one)
     output = Reshape(by_token, output_shape)
-}
 """
 )
+
+PAGED_ATTENTION, PAGED_ATTENTION_INT8 = _paged_attention(int8=False), _paged_attention(int8=True)

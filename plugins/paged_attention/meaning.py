@@ -1,6 +1,11 @@
-"""What `edge.PagedAttention` computes: one ragged step of dense causal attention over a paged KV pool."""
+"""What `edge.PagedAttention` computes: one ragged step of dense causal attention over a paged KV pool.
+
+`edge.PagedAttentionInt8` has a pool of codes and kv_scales [pages, planes, Hkv, 64] float32: a value is code x scale.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,11 +19,34 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def append(pool: np.ndarray, k: np.ndarray, v: np.ndarray, pages: np.ndarray, positions: np.ndarray) -> None:
-    """Write k, v [T, Hkv, d] in place: pool [pages, 2, Hkv, 64, d]; `pages` is one sequence's page list."""
+def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x [..., d] -> codes int8 and scales [...] float32: x is about code x scale, its largest magnitude is code 127."""
+    wide = x.astype(np.float32)
+    most = np.abs(wide).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        steps = np.where(most > 0, np.float32(127) / most, np.float32(0)).astype(np.float32)
+    codes = np.clip(np.rint(wide * steps), -127, 127).astype(np.int8)
+    return codes, (most[..., 0] / np.float32(127)).astype(np.float32)
+
+
+def append(
+    pool: np.ndarray, planes: Sequence[np.ndarray], pages: np.ndarray, positions: np.ndarray, scales: np.ndarray | None
+) -> None:
+    """Write planes [T, Hkv, d] (keys, values, ...) in place: pool [pages, planes, Hkv, 64, d] and, of int8, `scales`.
+
+    `pages` is one sequence's page list.
+    """
     page, slot = pages[positions // PAGE_TOKENS], positions % PAGE_TOKENS
-    pool[page, 0, :, slot] = k
-    pool[page, 1, :, slot] = v
+    for plane, x in enumerate(planes):
+        if scales is None:
+            pool[page, plane, :, slot] = x
+        else:
+            pool[page, plane, :, slot], scales[page, plane, :, slot] = quantise(x)
+
+
+def stored_values(pool: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """What the pool stands for: itself, or of int8 code x scale."""
+    return pool if scales is None else pool.astype(np.float32) * scales[..., None]
 
 
 def gather(pool: np.ndarray, pages: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,8 +80,9 @@ def paged_attention(
     num_heads: int,
     num_kv_heads: int,
     scale: float,
+    kv_scales: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One step; `pool` is updated in place.
+    """One step; `pool` is updated in place, and so are the scales of an int8 one.
 
     qkv [T, (Hq + 2 Hkv) d]; cos, sin [T, d/2]; pool [pages, 2, Hkv, 64, d]; positions [T];
     query_start [B + 1]; page_table [B, P]. Row t of sequence b sees that sequence's keys 0..positions[t].
@@ -68,7 +97,7 @@ def paged_attention(
         rows = slice(query_start[b], query_start[b + 1])
         if rows.start == rows.stop:
             continue
-        append(pool, k[rows], v[rows], page_table[b], positions[rows])
-        keys, values = gather(pool, page_table[b], int(positions[rows].max()) + 1)
+        append(pool, (k[rows], v[rows]), page_table[b], positions[rows], kv_scales)
+        keys, values = gather(stored_values(pool, kv_scales), page_table[b], int(positions[rows].max()) + 1)
         out[rows] = causal_attention(q[rows], keys.astype(q.dtype), values.astype(q.dtype), positions[rows], scale)
     return out.reshape(tokens, -1)

@@ -8,35 +8,36 @@ from dataclasses import dataclass
 import numpy as np
 
 from plugins import PAGE_TOKENS
+from plugins.paged_attention.meaning import quantise
 
 NO_PAGE = 2**30  # ends a row of the page table; must never be read
 
 
-def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x [..., d] -> bytes u and float32 scales [...]: x is about (u - 128) * scale."""
-    wide = x.astype(np.float32)
-    most = np.abs(wide).max(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        steps = np.where(most > 0, np.float32(127) / most, np.float32(0)).astype(np.float32)
-    codes = np.clip(np.rint(wide * steps), -127, 127) + 128
-    return codes.astype(np.uint8), (most[..., 0] / np.float32(127)).astype(np.float32)
+UNWRITTEN = 127  # the code of no value: its byte is 0xFF
+
+
+def quantise_pool(pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """pool [pages, planes, Hkv, 64, d] -> codes and scales [pages, planes, Hkv, 64]; a NaN's stay NaN."""
+    with np.errstate(invalid="ignore"):
+        codes, scales = quantise(pool)
+    unwritten = np.isnan(pool.astype(np.float32)).any(axis=-1)
+    codes[unwritten], scales[unwritten] = UNWRITTEN, np.nan
+    return codes, scales
+
+
+def device_order(pool: np.ndarray) -> np.ndarray:
+    """kv_pool as the kernels keep it: values transposed, and codes as bytes that are 128 more."""
+    values = pool.view(np.uint8) ^ np.uint8(0x80) if pool.dtype == np.int8 else pool.copy()
+    values[:, 1] = values[:, 1].swapaxes(-1, -2).copy().reshape(values[:, 1].shape)
+    return values
 
 
 def to_device(pool: np.ndarray, kv_element: str) -> dict[str, np.ndarray]:
-    """pool [pages, planes, Hkv, 64, d] -> kv_pool and, of bytes, kv_scales. NaN of the pool stays unwritten (0xFF)."""
-    buffers = {}
-    if kv_element == "uint8_t":
-        with np.errstate(invalid="ignore"):
-            values, scales = quantise(pool)
-        unwritten = np.isnan(pool.astype(np.float32)).any(axis=-1)
-        values[unwritten] = 0xFF
-        scales[unwritten] = np.nan
-        buffers["kv_scales"] = scales
-    else:
-        values = pool.copy()
-    values[:, 1] = values[:, 1].swapaxes(-1, -2).copy().reshape(values[:, 1].shape)
-    buffers["kv_pool"] = values
-    return buffers
+    """pool [pages, planes, Hkv, 64, d] -> kv_pool and, of bytes, kv_scales. NaN of the pool stays unwritten."""
+    if kv_element != "uint8_t":
+        return {"kv_pool": device_order(pool)}
+    codes, scales = quantise_pool(pool)
+    return {"kv_pool": device_order(codes), "kv_scales": scales}
 
 
 def from_device(buffers: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,9 +1,10 @@
 // The inner loop of every attention kernel: a tile of query rows against one block of 64 keys and values.
 //
-// A tile multiplies "elements" E: float, or, for a bfloat16 pool on processors that multiply them, Pair. Products of
-// pairs run at twice the speed and add up in float32, as on a GPU's tensor cores.
+// A tile multiplies "elements" E: float, or, on processors that multiply them, Pair for a bfloat16 pool and Quad for an
+// int8 one (quad_tile.h). Products of pairs run at twice the speed and add up in float32, as on a GPU's tensor cores.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -17,7 +18,20 @@ constexpr int kPage = 64;  // tokens a page, and a block
 constexpr int64_t kMaxHeadDim = 1024;
 
 template <class E>
-constexpr int kPerElement = std::is_same_v<E, Pair> ? 2 : 1;
+constexpr int kPerElement = std::is_same_v<E, Pair> ? 2 : std::is_same_v<E, Quad> ? 4 : 1;
+
+// What keys are multiplied as: with quads one side of a product is unsigned, so that keys are kept plus 128.
+template <class E>
+using KeyElement = std::conditional_t<std::is_same_v<E, Quad>, UnsignedQuad, E>;
+template <class E>
+constexpr int8_t kKeyFlip = std::is_same_v<E, Quad> ? int8_t{-128} : int8_t{0};
+
+// One (page, plane, head) of a pool: 64 vectors of `dim` values and, of int8, their scales.
+template <class T>
+struct Slice {
+  T* values;
+  float* scales;
+};
 
 // Copies `count` values (a multiple of 16), converting between float32 and another type.
 template <class To, class From>
@@ -28,9 +42,23 @@ inline void convert(To* to, const From* from, int64_t count) {
 inline void to_elements(const float* from, float* to, int64_t count) { std::copy_n(from, count, to); }
 inline void to_elements(const float* from, Pair* to, int64_t count) { convert(&to->first, from, count); }
 
+// A vector as the pool stores it -> its scale, which only int8 codes have (meaning: `quantise` in meaning.py).
+template <class T>
+inline float to_stored(const float* x, T* stored, int64_t dim) {
+  convert(stored, x, dim);
+  return 1.0f;
+}
+inline float to_stored(const float* x, int8_t* stored, int64_t dim) {
+  float most = 0.0f;
+  for (int64_t c = 0; c < dim; ++c) most = std::max(most, std::fabs(x[c]));
+  const float steps = most > 0 ? 127.0f / most : 0.0f;
+  for (int64_t c = 0; c < dim; ++c) stored[c] = static_cast<int8_t>(std::rint(x[c] * steps));
+  return most / 127.0f;
+}
+
 // What lies inside a page is the kernels' own business: keys [dim, 64] and values [64, dim], each already in the order
 // in which a product reads them. With pairs, neighbours along the summed dimension share an element: keys
-// [dim / 2, 64, 2], values [32, dim, 2].
+// [dim / 2, 64, 2], values [32, dim, 2]; with quads likewise four of them.
 template <class E>
 inline int64_t key_at(int64_t c, int64_t slot) {
   constexpr int64_t per = kPerElement<E>;
@@ -38,18 +66,23 @@ inline int64_t key_at(int64_t c, int64_t slot) {
 }
 
 template <class E, class T>
-inline void store_key(T* keys, int64_t slot, const float* key, int64_t dim) {
+inline void store_key(Slice<T> keys, int64_t slot, const float* key, int64_t dim) {
   T row[kMaxHeadDim];
-  convert(row, key, dim);
-  for (int64_t c = 0; c < dim; ++c) keys[key_at<E>(c, slot)] = row[c];
+  const float scale = to_stored(key, row, dim);
+  if constexpr (std::is_same_v<T, int8_t>) {
+    keys.scales[slot] = scale;
+    for (int64_t c = 0; c < dim; ++c) row[c] ^= kKeyFlip<E>;
+  }
+  for (int64_t c = 0; c < dim; ++c) keys.values[key_at<E>(c, slot)] = row[c];
 }
 
 template <class E, class T>
-inline void store_value(T* values, int64_t slot, const float* value, int64_t dim) {
+inline void store_value(Slice<T> values, int64_t slot, const float* value, int64_t dim) {
   constexpr int64_t per = kPerElement<E>;
   T row[kMaxHeadDim];
-  convert(row, value, dim);
-  T* to = values + slot / per * dim * per + slot % per;
+  const float scale = to_stored(value, row, dim);
+  if constexpr (std::is_same_v<T, int8_t>) values.scales[slot] = scale;
+  T* to = values.values + slot / per * dim * per + slot % per;
   for (int64_t c = 0; c < dim; ++c) to[c * per] = row[c];
   // Slots are written in order: what shares an element with this one comes later and must not be NaN until then.
   if (per == 2 && slot % 2 == 0)
@@ -59,6 +92,9 @@ inline void store_value(T* values, int64_t slot, const float* value, int64_t dim
 // Keys as elements [dim, 64]: the page itself, or converted in `buffer`.
 inline const float* load_keys(const float* keys, float*, int64_t) { return keys; }
 inline const Pair* load_keys(const bfloat16* keys, Pair*, int64_t) { return reinterpret_cast<const Pair*>(keys); }
+inline const UnsignedQuad* load_keys(const int8_t* keys, Quad*, int64_t) {
+  return reinterpret_cast<const UnsignedQuad*>(keys);
+}
 template <class T>
 inline const float* load_keys(const T* keys, float* buffer, int64_t dim) {
   convert(buffer, keys, kPage * dim);
@@ -69,6 +105,9 @@ inline const float* load_keys(const T* keys, float* buffer, int64_t dim) {
 inline const float* load_values(const float* values, float*, int64_t, int64_t) { return values; }
 inline const Pair* load_values(const bfloat16* values, Pair*, int64_t, int64_t) {
   return reinterpret_cast<const Pair*>(values);
+}
+inline const Quad* load_values(const int8_t* values, Quad*, int64_t, int64_t) {
+  return reinterpret_cast<const Quad*>(values);
 }
 template <class T>
 inline const float* load_values(const T* values, float* buffer, int64_t dim, int64_t written) {
@@ -105,6 +144,7 @@ template <class E>
 struct Tile {
   Buffer<E> q, keys, values, weights;
   Buffer<float> scores, out, row_max, row_sum;
+  float key_scales[kPage], value_scales[kPage];
 
   void start(int64_t rows, int64_t dim) {
     make_room(q, rows * dim / kPerElement<E>);
@@ -115,6 +155,9 @@ struct Tile {
     make_room(weights, rows * kPage / kPerElement<E>);
     make_room(keys, dim * kPage / kPerElement<E>);
     make_room(values, dim * kPage / kPerElement<E>);
+  }
+  void set_query(int64_t row, const float* query, int64_t dim) {
+    to_elements(query, &q[row * dim / kPerElement<E>], dim);
   }
 };
 
@@ -128,21 +171,28 @@ inline float raise_maximum(const float* scores, float& row_max) {
   return exp(splat(old_max - row_max))[0];
 }
 
-// Online softmax of one row over one block: `weights` from scores; `out` and `row_sum` move to the new maximum.
-template <class E>
-inline void softmax_row(const float* scores, E* weights, float* out, int64_t dim, float& row_max, float& row_sum) {
+// The first half of online softmax: `out` and `row_sum` move to the maximum that 64 further scores raise.
+inline void move_to_maximum(const float* scores, float* out, int64_t dim, float& row_max, float& row_sum) {
   if (const float correction = raise_maximum(scores, row_max); correction != 1.0f) {
     row_sum *= correction;
     for (int64_t c = 0; c < dim; c += kWidth) store(out + c, load(out + c) * correction);
   }
+}
+
+// Online softmax of one row over one block: `weights` from scores, times `value_scales` if there are any.
+template <class E>
+inline void softmax_row(const float* scores, const float* value_scales, E* weights, float* out, int64_t dim,
+                        float& row_max, float& row_sum) {
+  move_to_maximum(scores, out, dim, row_max, row_sum);
   vf total{};
   for (int t = 0; t < kPage; t += kWidth) {
-    const vf weight = exp(load(scores + t) - row_max);
+    vf weight = exp(load(scores + t) - row_max);
+    total += weight;
+    if (value_scales != nullptr) weight *= load(value_scales + t);
     if constexpr (std::is_same_v<E, Pair>)
       store(&weights->first + t, weight);
     else
       store(weights + t, weight);
-    total += weight;
   }
   row_sum += sum(total);
 }
@@ -164,13 +214,28 @@ struct Prefetch {
   }
 };
 
-// A block as elements, how many of its slots hold tokens, and the memory of the block that comes after it.
+// A block as elements, how many of its slots hold tokens, and the memory of the block that comes after it. Scales are
+// null, or zero where no token is.
 template <class E>
 struct LoadedBlock {
-  const E *keys, *values;
+  const KeyElement<E>* keys;
+  const E* values;
+  const float *key_scales, *value_scales;
   int64_t written;
   Prefetch next_keys, next_values;
 };
+
+// The scales of a block's vectors, or null if its type has none.
+template <class T>
+inline const float* load_scales(Slice<T> from, Slice<T> next, float* buffer, int64_t written) {
+  if constexpr (!std::is_same_v<T, int8_t>) {
+    return nullptr;
+  } else {
+    for (int64_t t = 0; t < kPage; t += 16) __builtin_prefetch(next.scales + t, 0, 2);
+    for (int64_t t = 0; t < kPage; ++t) buffer[t] = t < written ? from.scales[t] : 0.0f;
+    return buffer;
+  }
+}
 
 // Rows [first, last) of the tile against a block, of which row r sees `visible(r)` > 0 leading tokens.
 template <class E, class Visible>
@@ -186,8 +251,10 @@ inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim,
   for (int64_t r = 0; r < rows; ++r) {
     float* row = scores + r * kPage;
     const int64_t seen = visible(first + r);
+    if (block.key_scales != nullptr)
+      for (int t = 0; t < kPage; t += kWidth) store(row + t, load(row + t) * load(block.key_scales + t));
     if (seen < kPage) std::fill(row + seen, row + kPage, -std::numeric_limits<float>::infinity());
-    softmax_row(row, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
+    softmax_row(row, block.value_scales, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
                 tile.row_sum[first + r]);
   }
   multiply(weights, kPage / per, block.values, dim, &tile.out[first * dim], dim, rows, dim,

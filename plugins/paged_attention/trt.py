@@ -37,9 +37,9 @@ class PagedAttention(SimpleOperator):
         return {**super().types(), **STEP_TYPES}
 
     def shapes(self, inputs: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
-        """[T, Hq d], and the pool as it was."""
-        output = (inputs["qkv"][0], self.num_heads * self.head_dim)
-        return {"output": output, "kv_pool_out": inputs["kv_pool"]}
+        """[T, Hq d], and the pools as they were."""
+        pools = {output: inputs[source] for output, source in self.SAME_MEMORY.items()}
+        return {"output": (inputs["qkv"][0], self.num_heads * self.head_dim), **pools}
 
     def scratch(self, tensors: Mapping[str, Tensor], multiprocessors: int) -> Buffers:
         """Rotated queries, and the parts that a decode step's thread blocks leave for `combine`."""
@@ -54,6 +54,25 @@ class PagedAttention(SimpleOperator):
         return attention_shape(tensors, self.num_heads, self.num_kv_heads, self.head_dim)
 
 
+@dataclass(frozen=True)
+class PagedAttentionInt8(PagedAttention):
+    """PagedAttention on an int8 kv_pool, whose scales it keeps in kv_scales."""
+
+    NAME: ClassVar[str] = "PagedAttentionInt8"
+    INPUTS: ClassVar[tuple[str, ...]] = (*PagedAttention.INPUTS[:4], "kv_scales", *PagedAttention.INPUTS[4:])
+    OUTPUTS: ClassVar[tuple[str, ...]] = ("output", "kv_pool_out", "kv_scales_out")
+    SAME_MEMORY: ClassVar[Mapping[str, str]] = {**PagedAttention.SAME_MEMORY, "kv_scales_out": "kv_scales"}
+
+    def types(self) -> Mapping[str, str]:
+        """As plugins/infllmv2/__init__.py has them."""
+        return {**super().types(), **INT8_TYPES}
+
+
+INT8_TYPES = {
+    **dict.fromkeys(("kv_pool", "kv_pool_out"), "int8"),
+    **dict.fromkeys(("kv_scales", "kv_scales_out"), "float32"),
+}
+
 STEP_TYPES = {
     "cos": "float32",
     "sin": "float32",
@@ -66,7 +85,6 @@ def attention_shape(
 ) -> AttentionShape:
     """The step that the tensors of an attention operator describe; `sparse`: further fields of it."""
     (sequences, table_width), element = tensors["page_table"].shape, tensors["qkv"].element
-    tokens = tensors["qkv"].shape[0]
-    return AttentionShape(
-        tokens, sequences, table_width, heads, kv_heads, head_dim, element, tensors["kv_pool"].element, **sparse
-    )
+    tokens, pool = tensors["qkv"].shape[0], tensors["kv_pool"]
+    kv_element = "uint8_t" if pool.dtype == "int8" else pool.element
+    return AttentionShape(tokens, sequences, table_width, heads, kv_heads, head_dim, element, kv_element, **sparse)
