@@ -102,12 +102,11 @@ def test_a_plan_fits_or_says_what_would(
 def test_without_a_wish_the_context_is_the_models_or_what_fits(bundle: Bundle) -> None:
     limit = bundle.manifest.limits["max_context"]
     assert make_plan(bundle, EngineOptions()).max_context == limit
-    one_page = make_plan(bundle, EngineOptions(context=1)).total
     for pages in (1, 2, limit // PAGE_TOKENS - 1):
-        memory = one_page + (pages - 1) * page(bundle)
+        memory = make_plan(bundle, EngineOptions(context=pages * PAGE_TOKENS)).total
         assert make_plan(bundle, EngineOptions(memory=memory)).max_context == pages * PAGE_TOKENS
     with pytest.raises(EdgeError):
-        make_plan(bundle, EngineOptions(memory=one_page - 1))
+        make_plan(bundle, EngineOptions(memory=make_plan(bundle, EngineOptions(context=1)).total - 1))
 
 
 def test_a_context_beyond_the_training_length_is_the_users_choice(bundle: Bundle) -> None:

@@ -77,6 +77,11 @@ class _Step:
         return self.written[self.position % PAGE_TOKENS == 0]
 
 
+def staging_bytes(sizes: OffloadSizes, kv_heads: int, selected: int) -> int:
+    """Pinned memory of a `DeviceOffload` beside the pages: slot tables on their way, chosen blocks and their counts."""
+    return 4 * (_TABLES * table_values(sizes.sequences, sizes.table_width) + sizes.tokens * kv_heads * (selected + 1))
+
+
 def table_values(sequences: int, table_width: int) -> int:
     """Values of what a run needs on the device: a slot table, and where each sequence's tokens begin."""
     return sequences * table_width + sequences + 1
@@ -110,6 +115,16 @@ class DeviceOffload:
         self._pinned = np.zeros(pages, bool)
         self.slot_table = self._tables.address
         self.run_start = self.slot_table + 4 * sizes.sequences * sizes.table_width
+
+    @property
+    def home_bytes(self) -> int:
+        """Pinned memory of the pages."""
+        return sum(home.nbytes for layer in self._layers for home in layer.homes)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Pinned memory of all else."""
+        return sum(table.nbytes for table, _ in self._staged) + self._blocks.nbytes + self._counts.nbytes
 
     def begin(self, positions: np.ndarray, query_start: np.ndarray, page_table: np.ndarray) -> None:
         """The step that will be queued next; arrays as in StepBatch."""

@@ -153,7 +153,7 @@ class OnnxRuntimeExecutor:
         return StepResult(self._binding.get_outputs()[-1].numpy())
 
     def memory(self) -> dict[str, int]:
-        """Bytes taken; see edge/executor.py. Of regions and attention the most there were, of all else what there is."""
+        """See edge/executor.py. Of regions and attention it is the most there were, of all else what there is."""
         pools = dict.fromkeys(("kv cache", "compressed keys"), 0)
         for name, values in zip(self._names, self._values, strict=True):
             pools["compressed keys" if name in COMPRESSED_POOLS else "kv cache"] += values.nbytes

@@ -39,6 +39,11 @@ class Staging:
             self.device[name] = DeviceArray(self._device.address + start, (length,), dtype, self._device)
             start += _aligned(length * dtype.itemsize)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the buffer on the host."""
+        return int(self._pinned.nbytes)
+
     def put(self, name: str, values: np.ndarray) -> None:
         """Write the first values of one input, in C order."""
         self.host[name][: values.size] = values.reshape(-1)

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge.bundle import Bundle
+from edge.config import ModelConfig, SparseConfig
 from edge.cuda import DeviceArray, Graph, Kernels, Pool, Stream, pinned
 from edge.errors import EdgeError
 from edge.executor import DrawParams, StepBatch, StepResult
-from edge.executors.offload import DeviceOffload, OffloadSizes, table_values
+from edge.executors.offload import DeviceOffload, OffloadSizes, staging_bytes, table_values
 from edge.executors.staging import Layout, Staging, layout_bytes
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
@@ -88,8 +89,7 @@ class TensorRTExecutor:
             return None
         names = [name for name in pool_layout(config, bundle.manifest.types) if name not in COMPRESSED_POOLS]
         pools = [[self._kv[f"{name}.{layer}"] for name in names] for layer in range(config.num_hidden_layers)]
-        most = token_pages(config, sparse, sizes.table_width * PAGE_TOKENS)
-        offload_sizes = OffloadSizes(sizes.tokens, sizes.sequences, sizes.table_width, most)
+        offload_sizes = _offload_sizes(config, sparse, sizes)
         offload = DeviceOffload(self._pool, pools, sizes.pages, sparse, config.num_key_value_heads, offload_sizes)
         self._engine.host.offload = offload
         return offload
@@ -255,6 +255,24 @@ class TensorRTExecutor:
         """KV type, and the order of the GPU kernels, one for all devices; see edge/executor.py."""
         return f"{self._kv_type}, GPU kernels"
 
+    def memory(self) -> dict[str, int]:
+        """What the driver gave, by purpose; see edge/executor.py."""
+        kv = dict.fromkeys(("kv cache", "compressed keys"), 0)
+        for name, array in self._kv.items():
+            kv["compressed keys" if name.partition(".")[0] in COMPRESSED_POOLS else "kv cache"] += array.nbytes
+        working = self._engine.working_bytes
+        measured = {
+            "weights": self._engine.device_bytes,
+            **{name: size for name, size in kv.items() if size},
+            "working memory": working,
+            "inputs and logits": self._pool.size - sum(kv.values()) - working,
+            "pinned buffers": self._staging.pinned_bytes + self._tokens.nbytes + self._logits.nbytes,
+        }
+        if self.offload is not None:
+            measured["offloaded kv"] = self.offload.home_bytes
+            measured["pinned buffers"] += self.offload.staging_bytes
+        return measured
+
     def describe(self) -> dict[str, str]:
         """TensorRT, device, KV type and how decoding runs, for reports."""
         decode = f"CUDA graph, host reads every {BURST} tokens"
@@ -298,6 +316,21 @@ def _inputs(sizes: Sizes, vocabulary: int) -> Layout:
         "seed": (sequences, np.dtype(np.uint64)),
         "seen": ((sizes.sequences, -(-vocabulary // 32)), np.dtype(np.uint32)),
     }
+
+
+def _offload_sizes(config: ModelConfig, sparse: SparseConfig, sizes: Sizes) -> OffloadSizes:
+    most = token_pages(config, sparse, sizes.table_width * PAGE_TOKENS)
+    return OffloadSizes(sizes.tokens, sizes.sequences, sizes.table_width, most)
+
+
+def pinned_bytes(config: ModelConfig, sizes: Sizes) -> int:
+    """Page-locked memory of the host that the executor has beside offloaded pages."""
+    size = layout_bytes(_inputs(sizes, config.vocab_size)) + 4 * BURST * sizes.sequences
+    size += 4 * sizes.rows * config.vocab_size
+    if sizes.slots is not None and config.sparse is not None:
+        offload = _offload_sizes(config, config.sparse, sizes)
+        size += staging_bytes(offload, config.num_key_value_heads, config.sparse.selected_blocks)
+    return size
 
 
 def pool_bytes(bundle: Bundle, engine: LoadedEngine, sizes: Sizes) -> int:

@@ -9,13 +9,13 @@ from edge.config import SparseConfig
 from edge.cuda import Device, Kernels, open_device
 from edge.engine_file import EngineFile, choose_engine
 from edge.errors import EdgeError, UsageError
-from edge.executors.tensorrt import Sizes, TensorRTExecutor, pool_bytes
+from edge.executors.tensorrt import Sizes, TensorRTExecutor, pinned_bytes, pool_bytes
 from edge.executors.tensorrt_engine import LoadedEngine, load_engine
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
 from edge.memory.attended import least_slots
 from edge.memory.fit import Ledger, fit_offloaded, fit_plan
-from edge.memory.ledger import HOST, Line, Run, cache_lines, total
+from edge.memory.ledger import HOST, MEMORY, Line, Run, cache_lines, total
 from edge.plan import EngineOptions, Plan, resolve_sparse, subject_of
 from edge.tensorrt import Flavour, load_flavour
 from plugins import PAGE_TOKENS
@@ -58,9 +58,12 @@ def open_executor(
         _refuse_offload(device)
     free = _free_memory(device)
     kernels = Kernels(bundle.kernels(device.architecture), device)
+    before, _ = device.memory()
     engine = load_engine(file, flavour, PluginHost(kernels))
+    engine = replace(engine, device_bytes=max(0, before - device.memory()[0]))
     run = Run(options.context or limit, chunk=options.chunk, rows=sizes.rows)
-    ledger = _ledger(bundle, engine, sizes, file.measured.bytes)
+    host = MEMORY if device.is_integrated else HOST
+    ledger = _ledger(bundle, engine, sizes, file.measured.bytes, host)
     if options.offload is None:
         plan = fit_plan(bundle, options, ledger, run, free=free)
     else:
@@ -72,18 +75,21 @@ def open_executor(
     return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences
 
 
-def _ledger(bundle: Bundle, engine: LoadedEngine, sizes: Sizes, weights: int) -> Ledger:
-    """What a run takes of the device's memory: the executor's pool, by purpose, and the engine's weights."""
+def _ledger(bundle: Bundle, engine: LoadedEngine, sizes: Sizes, weights: int, host: str) -> Ledger:
+    """What a run takes: the executor's pool by purpose, the engine's weights, memory of the host (which is `host`)."""
     subject = subject_of(bundle)
 
     def lines(run: Run) -> tuple[Line, ...]:
         cache = cache_lines(subject, run, HOST)
-        whole = pool_bytes(bundle, engine, replace(sizes, pages=run.pages, slots=run.resident))
+        width = pages_for(run.context)
+        made = replace(sizes, pages=run.pages, table_width=width, slots=run.resident)
+        whole = pool_bytes(bundle, engine, made)
         return (
             Line("weights", weights, "the engine's, which TensorRT allocates"),
             *cache,
             Line("working memory", engine.working_bytes, "of the engine's layers and plugins"),
             Line("inputs and logits", whole - total(cache) - engine.working_bytes, f"{sizes.rows} rows of logits"),
+            Line("pinned buffers", pinned_bytes(bundle.config, made), "of the host: inputs, tokens, logits", host),
         )
 
     return lines

@@ -8,8 +8,8 @@ from plugins import PAGE_TOKENS
 
 TILE_ROWS = 512  # query rows of one task (plugins/paged_attention/cpu.h: kTileRows)
 PART_BLOCKS = 16  # pages of one part of a single token's attention (kPartBlocks)
-# Where the processor multiplies packed elements, these heads are (library.cpp): pairs of bfloat16 if they are a multiple
-# of so many values, fours of int8 up to so many (plugins/paged_attention/quad_tile.h).
+# Heads that are multiplied as packed elements where the processor can (library.cpp): a multiple of so many values as
+# pairs of bfloat16, up to so many as fours of int8 (plugins/paged_attention/quad_tile.h).
 _PAIR_DIM, _MOST_QUAD_DIM, _QUAD_ROWS = 32, 256, 16
 
 

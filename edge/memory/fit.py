@@ -60,7 +60,7 @@ def fit_offloaded(
     leanest = replace(run, resident=least)
     fitting = largest_context(ledger, leanest, budget)
     if room is not None:
-        page = sum(line.bytes for line in ledger(leanest) if line.is_elsewhere) // run.pages
+        page = _offloaded(ledger(leanest)).bytes // run.pages
         fitting = min(fitting, room // page // run.sequences * PAGE_TOKENS)
     if fitting < (least * PAGE_TOKENS if options.context is None else run.context):
         plain = largest_context(ledger, run, budget)
@@ -113,7 +113,7 @@ def _offload_refusal(
     options: EngineOptions, ledger: Ledger, leanest: Run, budget: int, room: int | None, fitting: int
 ) -> str:
     lines = ledger(leanest)
-    needed, elsewhere = total(lines), next(line for line in lines if line.is_elsewhere)
+    needed, elsewhere = total(lines), _offloaded(lines)
     other = f", or ask for --context {fitting}" if fitting > 0 else ""
     if needed > budget:
         source = "--memory allows" if options.memory is not None else "90 % of the free memory is"
@@ -126,6 +126,10 @@ def _offload_refusal(
         f"the pages of {leanest.context} tokens need {_mib(elsewhere.bytes)} of {elsewhere.where} memory, and "
         f"{(room or 0) // MIB}MiB of it can be had; close programs{other}"
     )
+
+
+def _offloaded(lines: tuple[Line, ...]) -> Line:
+    return next(line for line in lines if line.name == "offloaded kv")
 
 
 def _mib(size: int) -> str:
