@@ -3,6 +3,7 @@
 
 #include "plugins/group_offsets/cpu.h"
 #include "plugins/infllmv2/cpu.h"
+#include "plugins/offload/exports.h"
 #include "plugins/ort/ort_abi.h"
 #include "plugins/paged_attention/cpu.h"
 #include "plugins/rms_norm/cpu.h"
@@ -123,6 +124,11 @@ void* pool_output(void* context, size_t index, const ort::Tensor& pool) {
   return out;
 }
 
+// What a step of attention ends in: null, or why a page could not be had.
+ort::Status* outcome(edge::PageStore* store) {
+  return store != nullptr && store->file().failed() ? ort::failure(store->file().failure().c_str()) : nullptr;
+}
+
 // Calls run(pool type, element type): products of bfloat16 pairs where the processor has them.
 template <class Run>
 void with_pool_type(ort::ElementType type, int64_t dim, Run run) {
@@ -148,14 +154,16 @@ struct PagedAttention {
 
   explicit PagedAttention(const void* info) : shape(info) {}
 
-  void compute(void* context) {
+  ort::Status* compute(void* context) {
     const auto pool = ort::input(context, kPool);
-    const auto step = shape.step(context, kPositions, pool.shape[1]);
+    auto step = shape.step(context, kPositions, pool.shape[1]);
+    step.store = edge::find_store(pool.data);
     void* pool_out = pool_output(context, 1, pool);
     with_pool_type(pool.type, shape.dim, [&](auto type, auto element) {
       using T = decltype(type);
       edge::paged_attention<T, decltype(element)>(step, static_cast<T*>(pool_out), ort::parallel(context));
     });
+    return outcome(step.store);
   }
 };
 
@@ -177,9 +185,10 @@ struct InfLlmV2Attention {
 
   explicit InfLlmV2Attention(const void* info) : shape(info), use_nope(ort::int_attribute(info, "use_nope") != 0) {}
 
-  void compute(void* context) {
+  ort::Status* compute(void* context) {
     const auto pool = ort::input(context, kPool), c1 = ort::input(context, kC1), c2 = ort::input(context, kC2);
-    const auto step = shape.step(context, kPositions, pool.shape[1]);
+    auto step = shape.step(context, kPositions, pool.shape[1]);
+    step.store = edge::find_store(pool.data);
     const auto* switch_length = ort::input(context, kSwitchLength).template as<int32_t>();
     const auto* given = ort::input(context, kSettings).template as<int32_t>();
     const edge::SparseSettings settings{given[0], given[1], given[2], given[3], use_nope};
@@ -191,12 +200,13 @@ struct InfLlmV2Attention {
                                                      static_cast<T*>(c2_out), switch_length, settings,
                                                      ort::parallel(context));
     });
+    return outcome(step.store);
   }
 };
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
+EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   ort::api = base->GetApi(ort::kApiVersion);
   if (ort::api == nullptr) return nullptr;  // older than 1.17, which pyproject.toml rules out: the functions run
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
@@ -214,6 +224,6 @@ extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* 
 }
 
 // Bytes of KV pools that attention has read since the last call.
-extern "C" __attribute__((visibility("default"))) uint64_t edge_take_pool_bytes_read() {
+EDGE_EXPORT uint64_t edge_take_pool_bytes_read() {
   return edge::pool_bytes_read.exchange(0);
 }
