@@ -219,11 +219,14 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
     bundle = open_bundle(path)
     if bundle.manifest.target == "onnxruntime":
         from edge.executors.onnxruntime import OnnxRuntimeExecutor
+        from edge.offload import Offload
 
         plan = make_plan(bundle, options)
-        return Engine(
-            bundle, OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse), plan, options.chunk
-        )
+        offload = None if options.offload is None else Offload(options.offload, plan.resident_pages)
+        host = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, offload)
+        return Engine(bundle, host, plan, options.chunk)
+    if options.offload is not None:
+        raise UsageError(f"{bundle.path} was exported for {bundle.manifest.target}; --offload is for the CPU only")
     from edge.executors.tensorrt_open import open_tensorrt
 
     executor, plan, chunk = open_tensorrt(bundle, options)

@@ -75,7 +75,9 @@ def _reserve(fd: int, folder: Path, size: int) -> None:
     except OSError as error:
         if error.errno == errno.EFBIG:
             remedy = "raise the limit (ulimit -f), or ask for a smaller --context"
-        raise EdgeError(f"the {needed}MiB of the KV cache cannot be had in {folder} ({error.strerror}); {remedy}") from None
+        raise EdgeError(
+            f"the {needed}MiB of the KV cache cannot be had in {folder} ({error.strerror}); {remedy}"
+        ) from None
 
 
 def _make_direct(fd: int, slice_bytes: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from edge.bundle import WEIGHTS, Bundle
 from edge.config import SparseConfig
@@ -12,6 +13,7 @@ from edge.errors import EdgeError, UsageError
 from edge.kv_cache import KV_BYTES, pages_for, pool_shapes
 from edge.machine import available_memory, usable_cores
 from plugins import PAGE_TOKENS
+from plugins.offload.store import MINIMUM_SLOTS
 
 MIB = 1 << 20
 # The interpreter with numpy and ONNX Runtime loaded, before any model.
@@ -24,7 +26,8 @@ ALWAYS_DENSE = 2**31 - 1  # a dense_len that no sequence reaches
 class EngineOptions:
     """What a user may decide about a run. context in tokens, memory in bytes; None lets the plan choose.
 
-    attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
+    attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change. offload: a
+    folder for the KV pages that do not fit into memory.
     """
 
     context: int | None = None
@@ -33,11 +36,15 @@ class EngineOptions:
     chunk: int = 512  # prompt tokens a step
     attention: str = "model"
     sparse: Mapping[str, int] = field(default_factory=dict)
+    offload: Path | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, the context they buy, and the sparse attention in force (None: the model has none)."""
+    """Bytes by purpose, the context they buy, and the sparse attention in force (None: the model has none).
+
+    resident_pages: how many pages' keys and values are in memory at a time; fewer than num_pages only with an offload.
+    """
 
     max_context: int
     num_pages: int
@@ -46,6 +53,7 @@ class Plan:
     activations: int
     process: int = PROCESS_BYTES
     sparse: SparseConfig | None = None
+    resident_pages: int = 0
 
     @property
     def total(self) -> int:
@@ -73,16 +81,19 @@ def _activation_bytes(bundle: Bundle, options: EngineOptions, context: int) -> i
     per_token = 4 * c.hidden_size + qkv + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
     tile = TILE_ROWS * 2 * (c.head_dim + PAGE_TOKENS) + 2 * PAGE_TOKENS * c.head_dim
     choice = 0
+    if options.offload is not None:  # queries and sums of all the step's tokens (plugins/paged_attention/stored.h)
+        choice += options.chunk * c.num_attention_heads * (2 * c.head_dim + 2)
     if c.sparse is not None:  # a score for each token and block of a tile, a bit for each of the step
         tile += max(1, TILE_ROWS // c.group_size) * pages_for(context)
-        choice = options.chunk * c.num_key_value_heads * pages_for(context) // 32
+        choice += options.chunk * c.num_key_value_heads * pages_for(context) // 32
     return 4 * (options.chunk * per_token + c.vocab_size + options.threads * tile + choice)
 
 
 def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
     """The plan of a run on the CPU; `fit_plan` has the rules."""
     limit = bundle.manifest.limits["max_context"]
-    return fit_plan(
+    fit = fit_plan if options.offload is None else fit_offloaded
+    return fit(
         bundle,
         options,
         weights=_weights_bytes(bundle),
@@ -111,7 +122,36 @@ def fit_plan(
     num_pages = min(wanted, fitting)
     max_context = min(options.context or limit, num_pages * PAGE_TOKENS)
     sparse = resolve_sparse(bundle, options)
-    return Plan(max_context, num_pages, weights, num_pages * page, activations, process, sparse)
+    return Plan(max_context, num_pages, weights, num_pages * page, activations, process, sparse, num_pages)
+
+
+def fit_offloaded(
+    bundle: Bundle, options: EngineOptions, *, weights: int, activations: int, process: int, free: int, limit: int
+) -> Plan:
+    """As `fit_plan`, with keys and values of as many pages in memory as fit beside all pages' compressed keys.
+
+    At least those that a token attends to, or the few that dense attention streams through. The context is what was
+    asked for, or `limit`.
+    """
+    budget = options.memory if options.memory is not None else int(free * 0.9)
+    context, sparse = options.context or limit, resolve_sparse(bundle, options)
+    num_pages = pages_for(context)
+    layer_values = math.prod(pool_shapes(bundle.config)["kv_pool"])
+    page = bundle.config.num_hidden_layers * layer_values * KV_BYTES[bundle.manifest.types["kv"]]
+    compressed = kv_page_bytes(bundle) - page
+    fixed = weights + activations + process
+    attended = MINIMUM_SLOTS if sparse is None or sparse.dense_len == ALWAYS_DENSE else sparse.selected_blocks
+    least = max(MINIMUM_SLOTS, min(num_pages, attended))
+    needed = fixed + num_pages * compressed + least * page
+    if needed > budget:
+        allowed = "--memory allows" if options.memory is not None else "90 % of the free memory is"
+        raise EdgeError(
+            f"an offloaded context of {context} tokens needs {-(-needed // MIB)}MiB with its model, and {allowed} "
+            f"{budget // MIB}MiB; give --memory {-(-needed // MIB)}MiB, or ask for a smaller --context or --chunk"
+        )
+    resident = max(least, min(num_pages, (budget - fixed - num_pages * compressed) // page))
+    kv = num_pages * compressed + resident * page
+    return Plan(context, num_pages, weights, kv, activations, process, sparse, resident)
 
 
 def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | None:

@@ -30,6 +30,7 @@ def bench(
     chunk: opt.Chunk = 512,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
@@ -61,7 +62,7 @@ def bench(
     for path, _ in wanted:
         opt.check_output(path)
     longest = max(case.prompt_tokens for case in cases) + new_tokens
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse)
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, offload)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
     for path, render in wanted:

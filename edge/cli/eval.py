@@ -46,6 +46,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     context: opt.Context = None,
     memory: opt.Memory = None,
     threads: opt.Threads = None,
@@ -69,7 +70,7 @@ def evaluate(
         if path is not None:
             opt.check_output(path)
     longest = _longest(names, plan, window, context)
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse)
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, offload)
     tokenizer = load_tokenizer(engine)
     settings = _settings(engine, tokenizer, names, plan, language, raw, filler)
     with progress_bar("evaluating", quiet=json) as progress:

@@ -64,6 +64,7 @@ def run(
     chunk: opt.Chunk = 512,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     json: opt.Json = False,
 ) -> None:
     """Answer one prompt; the text streams to standard output.
@@ -77,7 +78,7 @@ def run(
     if raw and system is not None:
         raise UsageError("--system is part of the chat template, which --raw leaves out; drop one of them")
     text = read_prompt(prompt, file)
-    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse)
+    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,
@@ -129,6 +130,7 @@ def chat(
     threads: opt.Threads = None,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
 ) -> None:
     """Talk over several turns; each turn computes only what is new. Ctrl-C stops a reply, Ctrl-D ends the chat.
 
@@ -138,7 +140,7 @@ def chat(
 
       edge chat bundle --temperature 0.7
     """
-    engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse)
+    engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,
