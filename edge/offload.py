@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import tempfile
@@ -82,6 +81,8 @@ def _reserve(fd: int, folder: Path, size: int) -> None:
 
 def _make_direct(fd: int, slice_bytes: int) -> bool:
     """Let reads and writes go past the system's page cache, if the file system can do that for such slices."""
+    import fcntl  # not on every system, and nor are the operators
+
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)

@@ -108,7 +108,8 @@ class PageStore:
     """One layer's pages. `lock` and `unlock` are what attention does around its work (page_store.h)."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, page_bytes: int) -> None:
-        self._library, self._handle = library, handle
+        self._library = library
+        self._handle: int | None = handle
         self.page_bytes = page_bytes
 
     def lock(self, units: np.ndarray) -> bool:
