@@ -130,7 +130,7 @@ def fit_offloaded(
 ) -> Plan:
     """As `fit_plan`, with keys and values of as many pages in memory as fit beside all pages' compressed keys.
 
-    At least those that a token attends to, or the few that dense attention streams through. The context is what was
+    At least those that every token attends to, and the few that others are streamed through. The context is what was
     asked for, or `limit`.
     """
     budget = options.memory if options.memory is not None else int(free * 0.9)
@@ -140,8 +140,8 @@ def fit_offloaded(
     page = bundle.config.num_hidden_layers * layer_values * KV_BYTES[bundle.manifest.types["kv"]]
     compressed = kv_page_bytes(bundle) - page
     fixed = weights + activations + process
-    attended = MINIMUM_SLOTS if sparse is None or sparse.dense_len == ALWAYS_DENSE else sparse.selected_blocks
-    least = max(MINIMUM_SLOTS, min(num_pages, attended))
+    always = 0 if sparse is None else min(num_pages, sparse.init_blocks + sparse.local_blocks + 1)
+    least = always + MINIMUM_SLOTS
     needed = fixed + num_pages * compressed + least * page
     if needed > budget:
         allowed = "--memory allows" if options.memory is not None else "90 % of the free memory is"

@@ -51,7 +51,7 @@ class OnnxRuntimeExecutor:
         self.stores: list[PageStore] = []  # of the layers, if there is an offload
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; printing them too would be a second message
         options.enable_mem_pattern = False  # every step has its own shapes
         self._library = register(options)
         try:

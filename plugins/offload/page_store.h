@@ -45,14 +45,14 @@ class PageStore {
         lost_(heads * pages, 0),
         places_(heads * (slots + 1)),
         states_(new std::atomic<uint8_t>[heads * slots]),
+        free_(heads),
         unlocked_(heads, slots),
         padding_(2 * kDiskBlock) {
     for (int64_t head = 0; head < heads; ++head) {
-      Place& end = place(head, slots);
-      end.previous = end.next = slots;
-      for (int64_t slot = 0; slot < slots; ++slot) {
+      place(head, slots).previous = place(head, slots).next = slots;
+      for (int64_t slot = slots; slot-- > 0;) {
         state(head, slot) = kReady;
-        insert(head, slot, end.previous);
+        free_[head].push_back(slot);
       }
     }
   }
@@ -99,11 +99,14 @@ class PageStore {
       Place& p = place(unit.head, at);
       p.changed |= changed;
       if (--p.locks != 0) continue;
-      const bool first = !usable || (streamed && p.is_new);
-      if (!usable) forget(unit.head, at);
-      p.is_new = false;
-      insert(unit.head, at, first ? slots : place(unit.head, slots).previous);
       ++unlocked_[unit.head];
+      if (usable) {
+        insert(unit.head, at, streamed && p.is_new ? slots : place(unit.head, slots).previous);
+      } else {
+        forget(unit.head, at);
+        free_[unit.head].push_back(at);
+      }
+      p.is_new = false;
     }
   }
 
@@ -122,7 +125,8 @@ class PageStore {
   enum State : uint8_t { kReady, kReading, kFailed };
   static constexpr int32_t kNowhere = -1;
 
-  // Of a slot and head: whose unit it holds, and its neighbours among the unlocked, those to give way first in front.
+  // Of a slot and head: whose unit it holds, and its neighbours among the unlocked units, those to give way first in
+  // front.
   struct Place {
     int32_t page = kNowhere, previous = 0, next = 0, locks = 0;
     bool changed = false, is_new = false;
@@ -147,11 +151,16 @@ class PageStore {
     before.next = slot;
   }
 
+  void remove(int64_t head, int64_t slot) {
+    const Place& p = place(head, slot);
+    place(head, p.previous).next = p.next;
+    place(head, p.next).previous = p.previous;
+  }
+
   void take(int64_t head, int64_t slot) {
     Place& p = place(head, slot);
     if (p.locks++ != 0) return;
-    place(head, p.previous).next = p.next;
-    place(head, p.next).previous = p.previous;
+    remove(head, slot);
     --unlocked_[head];
   }
 
@@ -177,8 +186,9 @@ class PageStore {
         if (!can_be_had(unit)) return false;
         settle(unit, writes);
         missing.push_back(unit);
+      } else {
+        take(unit.head, slot(unit.page, unit.head));  // named twice
       }
-      take(unit.head, slot(unit.page, unit.head));
       locked.push_back(unit);
     }
     return true;
@@ -196,14 +206,20 @@ class PageStore {
     return false;
   }
 
-  // The unit gets the slot that is the first to give way; what that held is written back.
+  // The unit gets a free slot, or that of the first to give way, which is written back; it is locked.
   void settle(const PageUnit& unit, Transfers& writes) {
-    const int64_t at = place(unit.head, slots).next;
+    std::vector<int32_t>& free = free_[unit.head];
+    const int64_t at = free.empty() ? place(unit.head, slots).next : free.back();
     Place& p = place(unit.head, at);
-    if (p.page != kNowhere) {
+    if (free.empty()) {
       if (p.changed) writes.push_back(transfer(true, p.page, unit.head, at));
+      remove(unit.head, at);
       forget(unit.head, at);
+    } else {
+      free.pop_back();
     }
+    --unlocked_[unit.head];
+    p.locks = 1;
     p.page = unit.page;
     p.is_new = true;
     slot_of_[unit.head * pages_ + unit.page] = at;
@@ -283,7 +299,7 @@ class PageStore {
   }
 
   std::string sentence(int64_t page, const char* what, int error) const {
-    const char* reason = error == kShort ? "the file is shorter than it was made" : strerror(error);
+    const char* reason = error == kShort ? "the file is shorter than it should be" : strerror(error);
     return "KV page " + std::to_string(page) + " of layer " + std::to_string(layer_) + " " + what + " " +
            file_.folder + " (" + reason + ")";
   }
@@ -324,7 +340,8 @@ class PageStore {
   std::vector<int16_t> lost_;     // [heads, pages]: why a unit could not be written back, 0 if nothing is wrong
   std::vector<Place> places_;     // [heads, slots + 1]
   std::unique_ptr<std::atomic<uint8_t>[]> states_;  // [heads, slots]
-  std::vector<int64_t> unlocked_;                   // by head
+  std::vector<std::vector<int32_t>> free_;          // by head: slots that hold nothing
+  std::vector<int64_t> unlocked_;                   // by head: slots that hold nothing or may give way
   std::atomic<size_t> writing_{0};
   std::vector<char> padding_;
 };

@@ -62,6 +62,7 @@ class PageFile:
         for name, (arguments, result) in _FUNCTIONS.items():
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, result
+        self.fd = fd
         self._handle = self._library.edge_page_file_open(fd, int(direct), os.fsencode(folder))
         self._stores: list[PageStore] = []
 
@@ -142,7 +143,7 @@ class PageStore:
     def _copy(self, page: int, values: np.ndarray, *, is_write: bool) -> None:
         error = self._library.edge_page_store_copy(self._handle, page, values.ctypes.data, int(is_write))
         if error:
-            reason = os.strerror(error) if error > 0 else "the file is shorter than it was made"
+            reason = os.strerror(error) if error > 0 else "the file is shorter than it should be"
             raise OSError(error if error > 0 else errno.EIO, f"KV page {page}: {reason}")
 
     def close(self) -> None:

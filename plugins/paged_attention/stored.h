@@ -57,7 +57,7 @@ std::pair<std::vector<Wave>, bool> plan_waves(const AttentionStep& s, const std:
   for (size_t i = 0; i < needed.size(); ++i) counts[i % s.kv_heads] += needed[i];
   const int64_t slots = s.store->slots;
   const bool fits = *std::max_element(counts.begin(), counts.end()) <= slots;
-  const int64_t some = std::clamp<int64_t>(slots / (8 * kWavesAhead), 1, kWavePages);
+  const int64_t some = std::clamp<int64_t>(slots / (4 * kWavesAhead), 1, kWavePages);
   return {make_waves(s, needed, fits ? slots : some), fits};
 }
 
@@ -134,10 +134,14 @@ std::vector<Partial> attend_stored(const AttentionStep& s, const T* pool, const 
   const auto [waves, fits] = plan_waves(s, tiles, choices);
   StoredTasks<T, E, Choices> stored(s, pool, tiles, choices, tasks);
   PageFile& file = s.store->file();
+  // The disk sets the pace of tokens that each go their own way through many waves, and waking others costs more than
+  // one core needs.
+  const bool is_decode = s.tokens() == s.sequences;
+  const Parallel spread = is_decode && !fits ? Parallel::serial() : parallel;
   size_t locked = 0;
   for (size_t w = 0; w < waves.size() && !file.failed(); ++w) {
     while (locked < std::min(w + kWavesAhead, waves.size()) && s.store->lock(waves[locked].units)) ++locked;
-    if (!file.failed()) stored.run(waves[w].end, parallel);
+    if (!file.failed()) stored.run(waves[w].end, spread);
     if (w < locked) s.store->unlock(waves[w].units, false, !fits);
     if (file.failed())
       for (size_t other = w + 1; other < locked; ++other) s.store->unlock(waves[other].units, false, !fits);
