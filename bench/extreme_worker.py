@@ -1,7 +1,7 @@
 """One case of bench/extreme.py in a process of its own, under an enforced budget; prints JSON.
 
-Nothing is prefilled: the pages hold random keys and values. A budget is a limit on the process's data (RLIMIT_DATA) and,
-where control groups can be made, on all its memory, the system's cache of its files included.
+Nothing is prefilled: the pages hold random keys and values. A budget is a limit on the process's data (RLIMIT_DATA)
+and, where control groups can be made, on all its memory, the system's cache of its files included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.decode_worker import DRAWN, DTYPES, SPREAD, fill_pools, next_token, pool_values
-from edge.bench.machine import read_memory, reset_peak_memory
+from edge.bench.machine import other_cpu_share, read_cpu_clock, read_memory, reset_peak_memory
 from edge.bundle import Bundle, open_bundle
 from edge.executor import StepBatch
 from edge.executors.onnxruntime import OnnxRuntimeExecutor
@@ -111,7 +111,7 @@ def decode(executor: OnnxRuntimeExecutor, context: int, steps: int, forced: Sequ
 
 
 def prefill(executor: OnnxRuntimeExecutor, context: int, chunk: int, depths: int, repeat: int) -> dict:
-    """Seconds of one chunk of a prompt after 0, ..., context - chunk tokens, at `depths` places; the best of `repeat`."""
+    """Seconds of a chunk of a prompt at `depths` places, after 0 to context - chunk tokens; the best of `repeat`."""
     starts = [int(start) // PAGE_TOKENS * PAGE_TOKENS for start in np.linspace(0, context - chunk, depths)]
     ids = np.random.default_rng(1).integers(3, 70000, chunk).astype(np.int32)
     seconds = []
@@ -144,12 +144,14 @@ def run(task: dict) -> dict:
         space = task["context"] + max(WARM_UP + task["steps"], task["chunk"])
         executor = open_executor(bundle, space, budget, task["threads"], task["folder"])
         result: dict = {"describe": executor.describe()}
+        before = read_cpu_clock()
         if task["steps"]:
             result["greedy"] = decode(executor, task["context"], task["steps"], None)
             drawn = np.random.default_rng(2).integers(3, 70000, WARM_UP + task["steps"]).tolist()
             result["forced"] = decode(executor, task["context"], task["steps"], drawn)
         if task["depths"]:
             result["prefill"] = prefill(executor, task["context"], task["chunk"], task["depths"], task["repeat"])
+        result["other_cpu"] = other_cpu_share(before, read_cpu_clock(), os.cpu_count() or 1)
         result["peak_bytes"] = read_memory(peak_was_reset=False).peak_bytes
         result["group_peak_bytes"] = None if group is None else int(group[1].read_text())
         return result
