@@ -46,6 +46,7 @@ class PageStore {
         places_(heads * (slots + 1)),
         states_(new std::atomic<uint8_t>[heads * slots]),
         free_(heads),
+        idle_(heads),
         unlocked_(heads, slots),
         padding_(2 * kDiskBlock) {
     for (int64_t head = 0; head < heads; ++head) {
@@ -108,6 +109,18 @@ class PageStore {
       }
       p.is_new = false;
     }
+  }
+
+  // For a step that does not fit and will lock `wanted`, part after part: what is here for nothing gives way before all
+  // else, and what comes in its place is kept like what was here. Without units: no such step any more.
+  void set_idle(const PageUnits& wanted) {
+    for (auto& idle : idle_) idle.clear();
+    if (wanted.empty()) return;
+    std::vector<bool> is_wanted(heads * pages_);
+    for (const PageUnit& unit : wanted) is_wanted[unit.head * pages_ + unit.page] = true;
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t at = place(head, slots).previous; at != slots; at = place(head, at).previous)
+        if (!is_wanted[head * pages_ + place(head, at).page]) idle_[head].push_back(at);
   }
 
   // Copies a whole page to or from `values`, part after part as the pool has it -> 0, an errno or kShort. Not while
@@ -208,20 +221,23 @@ class PageStore {
 
   // The unit gets a free slot, or that of the first to give way, which is written back; it is locked.
   void settle(const PageUnit& unit, Transfers& writes) {
-    std::vector<int32_t>& free = free_[unit.head];
-    const int64_t at = free.empty() ? place(unit.head, slots).next : free.back();
+    std::vector<int32_t>&free = free_[unit.head], &idle = idle_[unit.head];
+    const bool is_kept = free.empty() && !idle.empty();
+    const int64_t at = !free.empty() ? free.back() : is_kept ? idle.back() : place(unit.head, slots).next;
     Place& p = place(unit.head, at);
-    if (free.empty()) {
+    if (p.page != kNowhere) {
       if (p.changed) writes.push_back(transfer(true, p.page, unit.head, at));
       remove(unit.head, at);
       forget(unit.head, at);
-    } else {
-      free.pop_back();
     }
+    if (!free.empty())
+      free.pop_back();
+    else if (is_kept)
+      idle.pop_back();
     --unlocked_[unit.head];
     p.locks = 1;
     p.page = unit.page;
-    p.is_new = true;
+    p.is_new = !is_kept;
     slot_of_[unit.head * pages_ + unit.page] = at;
     lost_[unit.head * pages_ + unit.page] = 0;
   }
@@ -341,6 +357,7 @@ class PageStore {
   std::vector<Place> places_;     // [heads, slots + 1]
   std::unique_ptr<std::atomic<uint8_t>[]> states_;  // [heads, slots]
   std::vector<std::vector<int32_t>> free_;          // by head: slots that hold nothing
+  std::vector<std::vector<int32_t>> idle_;          // by head: slots whose units the present step has no use for
   std::vector<int64_t> unlocked_;                   // by head: slots that hold nothing or may give way
   std::atomic<size_t> writing_{0};
   std::vector<char> padding_;

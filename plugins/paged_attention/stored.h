@@ -45,6 +45,12 @@ inline std::vector<Wave> make_waves(const AttentionStep& s, const std::vector<bo
   return waves;
 }
 
+inline PageUnits all_units(const std::vector<Wave>& waves) {
+  PageUnits all;
+  for (const Wave& wave : waves) all.insert(all.end(), wave.units.begin(), wave.units.end());
+  return all;
+}
+
 // The waves of a step, and whether its units can all be in the pool at once.
 template <class Choices>
 std::pair<std::vector<Wave>, bool> plan_waves(const AttentionStep& s, const std::vector<TokenTile>& tiles,
@@ -138,6 +144,7 @@ std::vector<Partial> attend_stored(const AttentionStep& s, const T* pool, const 
   // one core needs.
   const bool is_decode = s.tokens() == s.sequences;
   const Parallel spread = is_decode && !fits ? Parallel::serial() : parallel;
+  if (!fits) s.store->set_idle(all_units(waves));
   size_t locked = 0;
   for (size_t w = 0; w < waves.size() && !file.failed(); ++w) {
     while (locked < std::min(w + kWavesAhead, waves.size()) && s.store->lock(waves[locked].units)) ++locked;
@@ -146,6 +153,7 @@ std::vector<Partial> attend_stored(const AttentionStep& s, const T* pool, const 
     if (file.failed())
       for (size_t other = w + 1; other < locked; ++other) s.store->unlock(waves[other].units, false, !fits);
   }
+  s.store->set_idle({});
   return file.failed() ? std::vector<Partial>(tasks.size()) : stored.results();
 }
 
