@@ -5,6 +5,7 @@
 #include <linux/aio_abi.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,6 +22,7 @@ namespace edge {
 
 constexpr int kShort = -1;  // stands where an errno would: fewer bytes than were asked for
 constexpr int kMostInFlight = 256;
+constexpr int kPolls = 400;  // before a wait: a read takes about as long as being put to sleep and woken
 
 struct Transfer {
   bool is_write;
@@ -122,7 +124,10 @@ class PageFile {
   // Waits for at least one transfer and takes note of all that are finished.
   void reap() {
     io_event events[64];
-    const int64_t count = syscall(SYS_io_getevents, aio_, 1, 64, events, nullptr);
+    int64_t count = 0;
+    timespec now{};
+    for (int i = 0; i < kPolls && count <= 0; ++i) count = syscall(SYS_io_getevents, aio_, 0, 64, events, &now);
+    if (count <= 0) count = syscall(SYS_io_getevents, aio_, 1, 64, events, nullptr);
     for (int64_t i = 0; i < count; ++i) {
       const std::unique_ptr<Transfer> t(reinterpret_cast<Transfer*>(events[i].data));
       const int64_t result = events[i].res;
