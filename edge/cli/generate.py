@@ -95,6 +95,13 @@ def run(
         ids = tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
     else:
         ids = tokenizer.encode_chat([*opening(system), question(text)], enable_thinking=thinking)
+    answer(engine, tokenizer, ids, params, raw=raw, json=json)
+
+
+def answer(
+    engine: Engine, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, raw: bool, json: bool
+) -> None:
+    """Stream the reply to one prompt, and then say how it went."""
     reply = Reply(len(ids))
     try:
         for piece in stream_reply(engine.open_session(), tokenizer, ids, params, reply, after_prompt=raw):
