@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from edge.config import ModelConfig
 from edge.kv_cache import pages_for
+from edge.memory.run import Run
 from edge.memory.weights import TABLE_BYTES, Matrix, StoredWeights, matrices
 from plugins import PAGE_TOKENS
 
@@ -143,12 +144,15 @@ def _add_norm(c: ModelConfig, tokens: int) -> Iterator[_Node]:
     yield _Node({"total": size, "normed": size}, frees=("hidden", "branch"), renames={"total": "hidden"})
 
 
-def attention_bytes(config: ModelConfig, tokens: int, threads: int, context: int) -> int:
-    """What attention's threads work in besides (plugins/paged_attention/tile.h, plugins/infllmv2/select.h)."""
-    rows = min(TILE_ROWS, max(1, tokens) * config.group_size)
+def attention_bytes(config: ModelConfig, run: Run) -> int:
+    """What attention's threads work in besides (plugins/paged_attention/tile.h, plugins/infllmv2/select.h), and, where
+    pages are on disk, the queries and sums of all the step's tokens (plugins/paged_attention/stored.h)."""
+    rows = min(TILE_ROWS, run.tokens * config.group_size)
     tile = rows * (2 * config.head_dim + 2 * PAGE_TOKENS + 2) + 2 * PAGE_TOKENS * config.head_dim
     choice = 0
     if config.sparse is not None:  # a score for each token and block of a tile, a bit for each of the step
-        tile += max(1, rows // config.group_size) * pages_for(context)
-        choice = tokens * config.num_key_value_heads * pages_for(context) // 32
-    return 4 * (threads * tile + choice)
+        tile += max(1, rows // config.group_size) * pages_for(run.context)
+        choice = run.tokens * config.num_key_value_heads * pages_for(run.context) // 32
+    if run.resident is not None:
+        choice += run.tokens * config.num_attention_heads * (2 * config.head_dim + 2)
+    return 4 * (run.threads * tile + choice)

@@ -11,11 +11,17 @@ constexpr int64_t kMaxQuadDim = 256;  // sums of this many products of 16 and 8 
 constexpr int64_t kQuadRows = 16;     // query rows whose sums stay in the first-level cache
 
 template <>
-struct Tile<Quad> {
-  std::vector<Quad> q, keys, values;    // q [rows, 2, dim]: multiples of 128, and the rest; the others stay empty
-  std::vector<UnsignedQuad> weights;    // [kQuadRows, 2, 64]: multiples of 256, and the rest
-  std::vector<int32_t> sums, q_offset;  // q_offset [rows, 2]: what 128 in every key adds to a sum, negative
+struct TileState<Quad> {
+  std::vector<Quad> q;            // [rows, 2, dim]: multiples of 128, and the rest
+  std::vector<int32_t> q_offset;  // [rows, 2]: what 128 in every key adds to a sum, negative
   std::vector<float> out, row_max, row_sum, q_scale;
+};
+
+template <>
+struct Tile<Quad> : TileState<Quad> {
+  std::vector<Quad> keys, values;     // stay empty
+  std::vector<UnsignedQuad> weights;  // [kQuadRows, 2, 64]: multiples of 256, and the rest
+  std::vector<int32_t> sums;
   float key_scales[kPage], value_scales[kPage];
 
   void start(int64_t rows, int64_t dim) {
@@ -25,6 +31,9 @@ struct Tile<Quad> {
     out.assign(rows * dim, 0.0f);
     row_max.assign(rows, std::numeric_limits<float>::lowest());
     row_sum.assign(rows, 0.0f);
+    make_room(rows, dim);
+  }
+  void make_room(int64_t, int64_t dim) {
     sums.resize(kQuadRows * 2 * std::max<int64_t>(dim, kPage));
     weights.resize(kQuadRows * 2 * kPage / 4);
   }

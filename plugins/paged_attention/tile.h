@@ -139,25 +139,36 @@ inline void transpose_rows(Row row, Pair* out, int64_t dim) {
   transpose_block(out, dim / 2, [&](int64_t t, int64_t c) { return (vf)load(pairs(t) + c); });
 }
 
+// A tile's queries and what was found for them so far.
+template <class E>
+struct TileState {
+  std::vector<E> q;
+  std::vector<float> out, row_max, row_sum;
+};
+
 // Buffers of one thread; they keep their size from call to call.
 template <class E>
-struct Tile {
-  std::vector<E> q, keys, values, weights;
-  std::vector<float> scores, out, row_max, row_sum;
+struct Tile : TileState<E> {
+  std::vector<E> keys, values, weights;
+  std::vector<float> scores;
   float key_scales[kPage], value_scales[kPage];
 
   void start(int64_t rows, int64_t dim) {
-    q.resize(rows * dim / kPerElement<E>);
-    out.assign(rows * dim, 0.0f);
-    row_max.assign(rows, std::numeric_limits<float>::lowest());
-    row_sum.assign(rows, 0.0f);
+    this->q.resize(rows * dim / kPerElement<E>);
+    this->out.assign(rows * dim, 0.0f);
+    this->row_max.assign(rows, std::numeric_limits<float>::lowest());
+    this->row_sum.assign(rows, 0.0f);
+    make_room(rows, dim);
+  }
+
+  void make_room(int64_t rows, int64_t dim) {
     scores.resize(rows * kPage);
     weights.resize(rows * kPage / kPerElement<E>);
     keys.resize(dim * kPage / kPerElement<E>);
     values.resize(dim * kPage / kPerElement<E>);
   }
   void set_query(int64_t row, const float* query, int64_t dim) {
-    to_elements(query, &q[row * dim / kPerElement<E>], dim);
+    to_elements(query, &this->q[row * dim / kPerElement<E>], dim);
   }
 };
 
