@@ -277,12 +277,16 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
     bundle = open_bundle(path)
     if bundle.manifest.target == "onnxruntime":
         from edge.executors.onnxruntime import OnnxRuntimeExecutor, Reserved
+        from edge.offload import Offload
 
         plan = make_plan(bundle, options)
         weights, step = plan.bytes("weights"), plan.bytes("activations")
         reserved = Reserved(weights + headroom(weights), step + headroom(step), plan.run.rows)
-        executor: Executor = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved)
-        return Engine(bundle, executor, plan, options.chunk, prefix_cache=options.prefix_cache)
+        offload = None
+        if options.offload is not None and plan.resident_pages is not None:
+            offload = Offload(options.offload, plan.resident_pages)
+        host = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved, offload)
+        return Engine(bundle, host, plan, options.chunk, prefix_cache=options.prefix_cache)
     from edge.executors.tensorrt_open import open_tensorrt
 
     executor, plan, chunk = open_tensorrt(bundle, options)

@@ -10,7 +10,8 @@ from edge.bundle import Bundle
 from edge.config import SparseConfig
 from edge.errors import UsageError
 from edge.machine import usable_cores
-from edge.memory.ledger import Line, Run, Subject, total
+from edge.memory.ledger import Line, Subject, total
+from edge.memory.run import Run
 from edge.memory.weights import StoredWeights
 
 MIB = 1 << 20

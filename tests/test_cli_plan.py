@@ -16,7 +16,8 @@ from edge.engine import open_engine
 from edge.errors import UsageError
 from edge.memory.advice import changes, largest
 from edge.memory.devices import DEVICES, Device, find_device
-from edge.memory.ledger import Run, Subject, cpu_ledger, total
+from edge.memory.ledger import Subject, cpu_ledger, total
+from edge.memory.run import Run
 from edge.memory.weights import StoredWeights, device_weight_bytes
 from edge.models import MINICPM4_8B, PUBLISHED
 from edge.plan import EngineOptions

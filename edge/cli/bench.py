@@ -11,6 +11,8 @@ from edge.cli import options as opt
 from edge.cli.console import note, out, print_json, progress_bar
 from edge.errors import UsageError
 
+_COLD = {"prefix_cache": False}  # every prompt is to be timed as if it were the first
+
 
 def bench(
     invocation: typer.Context,
@@ -30,6 +32,7 @@ def bench(
     chunk: opt.Chunk = 512,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
@@ -61,8 +64,7 @@ def bench(
     for path, _ in wanted:
         opt.check_output(path)
     longest = max(case.prompt_tokens for case in cases) + new_tokens
-    # Every prompt is to be timed as if it were the first.
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, prefix_cache=False)
+    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, offload, **_COLD)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
     for path, render in wanted:

@@ -49,6 +49,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     context: opt.Context = None,
     memory: opt.Memory = None,
     threads: opt.Threads = None,
@@ -71,8 +72,8 @@ def evaluate(
     for path in (html, output):
         if path is not None:
             opt.check_output(path)
-    longest = _longest(names, plan, window, context)
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, **_MEASURED)
+    context = _context(names, plan, window, context)
+    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, **_MEASURED)
     tokenizer = load_tokenizer(engine)
     settings = _settings(engine, tokenizer, names, plan, language, raw, filler)
     with progress_bar("evaluating", quiet=json) as progress:
@@ -109,15 +110,15 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _longest(names: tuple[str, ...] | None, plan: HaystackPlan, window: int, context: int | None) -> int:
-    """Tokens that the context must hold; UsageError if --context does not."""
+def _context(names: tuple[str, ...] | None, plan: HaystackPlan, window: int, context: int | None) -> int:
+    """Tokens that the context holds: --context, which must be enough, or what is needed."""
     needs = {f"--lengths {max(plan.lengths)}": max(plan.lengths)} if names != (PERPLEXITY,) else {}
     if names is not None and PERPLEXITY in names:
         needs[f"--window {window}"] = window
     for name, tokens in needs.items():
         if context is not None and tokens > context:
             raise UsageError(f"{name} is over the --context of {context} tokens; raise --context or ask for less")
-    return max(needs.values())
+    return context or max(needs.values())
 
 
 def _perplexity_text(names: tuple[str, ...] | None, file: Path | None) -> tuple[str, str] | None:

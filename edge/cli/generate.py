@@ -64,6 +64,7 @@ def run(
     chunk: opt.Chunk = 512,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     save: opt.Save = None,
     restore: opt.Restore = None,
     json: opt.Json = False,
@@ -82,7 +83,7 @@ def run(
     """
     check_session_options(save, restore, system, raw)
     text = read_prompt(prompt, file)
-    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse)
+    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,
@@ -150,6 +151,7 @@ def chat(
     threads: opt.Threads = None,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     save: opt.Save = None,
     restore: opt.Restore = None,
 ) -> None:
@@ -166,7 +168,7 @@ def chat(
       edge chat bundle --restore yesterday.session --save today.session
     """
     check_session_options(save, restore, system)
-    engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse)
+    engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload)
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,

@@ -26,6 +26,7 @@ def logits(
     last: Annotated[int, typer.Option(min=1, help="How many of the last positions.")] = 1,
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
+    offload: opt.Offload = None,
     exact: Annotated[bool, typer.Option(help="Unquantised weights, float32 everywhere.")] = False,
     context: opt.Context = None,
     memory: opt.Memory = None,
@@ -43,9 +44,8 @@ def logits(
         raise UsageError(f"--last {last} exceeds the {len(ids)} ids of {ids_file}; ask for at most {len(ids)}")
     opt.check_output(out)
     with _as_bundle(model, ids, out, exact, attention) as bundle:
-        engine = opt.load_engine(
-            bundle, context or len(ids), memory, threads, chunk, attention, sparse, logits_rows=opt.MANY_ROWS
-        )
+        wanted, rows = context or len(ids), opt.MANY_ROWS
+        engine = opt.load_engine(bundle, wanted, memory, threads, chunk, attention, sparse, offload, logits_rows=rows)
         with progress_bar("computing") as progress:
             _save(out, engine.stream_logits(ids, last, progress), (last, engine.vocab_size))
     note(f"{out}: logits {last} x {engine.vocab_size}")

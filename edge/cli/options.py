@@ -34,6 +34,10 @@ Sparse = Annotated[
     str | None,
     typer.Option(metavar="KEY=N,...", help="Change sparse settings: dense_len, topk, window_size, init_blocks."),
 ]
+Offload = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Keep what --memory has no room for of the KV cache in a file there."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own setting, else 0.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability mass.")]
@@ -84,6 +88,7 @@ def load_engine(
     chunk: int = EngineOptions.chunk,
     attention: str | None = None,
     sparse: str | None = None,
+    offload: Path | None = None,
     **others: Any,
 ) -> Engine:
     """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for.
@@ -97,6 +102,7 @@ def load_engine(
         chunk=chunk,
         attention=attention or EngineOptions.attention,
         sparse=parse_sparse(sparse),
+        offload=offload,
         **others,
     )
     engine = open_engine(bundle, options)

@@ -23,8 +23,9 @@ from edge.memory.advice import Change, Largest, Ledger, changes, largest
 from edge.memory.attended import least_slots
 from edge.memory.device import device_ledger
 from edge.memory.devices import Device, find_device
-from edge.memory.ledger import Line, Run, Subject, cpu_ledger, total
+from edge.memory.ledger import Line, Subject, cpu_ledger, total
 from edge.memory.picture import render_svg
+from edge.memory.run import Run
 from edge.memory.weights import StoredWeights
 from edge.models import PUBLISHED, published
 from edge.plan import subject_of

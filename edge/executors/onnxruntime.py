@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-import mmap
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,11 @@ from edge.bundle import WEIGHTS as WEIGHTS_FILE
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
+from edge.executors.pools import MemoryPages, StoredPages, lazy_zeros
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.measured import anonymous_bytes, mapped_bytes, resident_bytes
+from edge.offload import Offload, open_page_file
+from plugins.offload.store import Counters, PageFile, PageStore, PoolPart, unit_bytes
 from plugins.ort.library import attention_peak, register
 from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, is_exhausted
 
@@ -46,7 +48,8 @@ class OnnxRuntimeExecutor:
 
     Each pool is bound as input and output at once, so the attention operator updates it and nothing is copied.
     `sparse`: the settings of sparse attention for every step, if the model has it. `reserved`: what the session may
-    allocate, to the byte; None leaves that to ONNX Runtime.
+    allocate, to the byte; None leaves that to ONNX Runtime. `offload`: the pools of keys and values have room for some
+    of the pages, and a file for all.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class OnnxRuntimeExecutor:
         threads: int,
         sparse: SparseConfig | None = None,
         reserved: Reserved | None = None,
+        offload: Offload | None = None,
     ) -> None:
         if bundle.manifest.target != "onnxruntime":
             raise UsageError(
@@ -68,9 +72,12 @@ class OnnxRuntimeExecutor:
         self._weights_file = bundle.file(WEIGHTS_FILE)
         self._most_rows = 0  # of logits that a step gave
         self._threads = threads
+        self._offload = offload
+        self._page_file: PageFile | None = None
+        self.stores: list[PageStore] = []  # of the layers, if there is an offload
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; printing them too would be a second message
         options.enable_mem_pattern = False  # every step has its own shapes
         self._library = register(options)
         self._memory: MemoryPool | None = None
@@ -83,10 +90,14 @@ class OnnxRuntimeExecutor:
                 self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
             self._pools = self._bind_pools(bundle)
+            if offload is not None:
+                self._open_stores(bundle, offload)
             if (sparse := sparse or bundle.config.sparse) is not None:
                 names = ("dense_len", "init_blocks", "local_blocks", "selected_blocks")
                 self._settings = np.array([getattr(sparse, name) for name in names], np.int32)
                 self._binding.bind_cpu_input("sparse_settings", self._settings)
+        except EdgeError:
+            raise
         except MemoryError as error:
             raise EdgeError(f"the KV pool cannot be had ({error}); ask for a smaller --context or --memory") from error
         except Exception as error:  # the library has no narrower base
@@ -117,7 +128,8 @@ class OnnxRuntimeExecutor:
         for layer in range(bundle.config.num_hidden_layers):
             for name, page in pool_layout(bundle.config, bundle.manifest.types).items():
                 dtype, onnx_type = _POOL_TYPES[page.dtype]
-                values = _lazy_zeros((self.num_pages, *page.shape), dtype)
+                pages = self._offload.resident_pages if self._offload and name == "kv_pool" else self.num_pages
+                values = lazy_zeros((pages, *page.shape), dtype)
                 pool = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx_type)
                 self._binding.bind_ortvalue_input(f"{name}.{layer}", pool)
                 self._binding.bind_ortvalue_output(f"{name}_out.{layer}", pool)
@@ -125,6 +137,26 @@ class OnnxRuntimeExecutor:
                 self._values.append(values)
                 self._names.append(name)
         return pools
+
+    def _open_stores(self, bundle: Bundle, offload: Offload) -> None:
+        """Give each layer's pool of keys and values its part of one file."""
+        page = pool_layout(bundle.config, bundle.manifest.types)["kv_pool"]
+        planes, heads = page.shape[:2]
+        slice_bytes = page.nbytes // (planes * heads)
+        pools = [pool for pool in self._pools if len(pool.shape()) == 5]
+        parts = [[PoolPart(pool.data_ptr(), planes, slice_bytes)] for pool in pools]
+        layer_bytes = self.num_pages * heads * unit_bytes(parts[0])
+        file = open_page_file(offload.folder, len(parts) * layer_bytes, slice_bytes)
+        self._page_file = file
+        # Before the pools are gone, at the latest when the process ends.
+        weakref.finalize(self, file.close)
+        for layer, part in enumerate(parts):
+            offset = layer * layer_bytes
+            self.stores.append(file.add_store(layer, heads, self.num_pages, offload.resident_pages, offset, part))
+
+    def take_offload_counters(self) -> Counters | None:
+        """What reading pages from disk took since the last call; None if all are in memory."""
+        return None if self._page_file is None else self._page_file.take_counters()
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
@@ -142,6 +174,8 @@ class OnnxRuntimeExecutor:
             with self._use(STEP):
                 self._session.run_with_iobinding(self._binding)
         except Exception as error:  # the library has no narrower base
+            if self._page_file is not None and (failure := self._page_file.take_failure()):
+                raise EdgeError(f"{failure}; check the disk, or give more --memory to use less of it") from error
             tokens = len(batch.input_ids)
             if is_exhausted(error):
                 raise EdgeError(f"a step of {tokens} tokens needs more than the plan has for it") from error
@@ -173,27 +207,31 @@ class OnnxRuntimeExecutor:
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages in every pool; see edge/executor.py."""
         sources, targets = map(list, zip(*pairs, strict=True))
-        for values in self._values:
-            values[targets] = values[sources]
+        for pool in self._page_pools():
+            pool.write(targets, pool.read(sources))
 
     def save_pages(self, pages: Sequence[int]) -> np.ndarray:
         """The pages' bytes, pool after pool; see edge/executor.py."""
-        parts = [values[list(pages)].view(np.uint8).reshape(len(pages), values[0].nbytes) for values in self._values]
-        return np.concatenate(parts, axis=1)
+        return np.concatenate([pool.read(pages) for pool in self._page_pools()], axis=1)
 
     def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
         """Fill pages with saved bytes; see edge/executor.py."""
         start = 0
-        for values in self._values:
-            end = start + values[0].nbytes
-            part = np.ascontiguousarray(data[:, start:end]).view(values.dtype)
-            values[list(pages)] = part.reshape(len(pages), *values.shape[1:])
+        for pool in self._page_pools():
+            end = start + pool.page_bytes
+            pool.write(pages, data[:, start:end])
             start = end
 
     @property
     def page_bytes(self) -> int:
         """Of one page; see edge/executor.py."""
-        return sum(values[0].nbytes for values in self._values)
+        return sum(pool.page_bytes for pool in self._page_pools())
+
+    def _page_pools(self) -> Iterator[MemoryPages | StoredPages]:
+        """Each pool, wherever its pages are."""
+        stores = iter(self.stores)
+        for values in self._values:
+            yield StoredPages(next(stores)) if self.stores and values.ndim == 5 else MemoryPages(values)
 
     @property
     def page_format(self) -> str:
@@ -206,24 +244,12 @@ class OnnxRuntimeExecutor:
 
     def describe(self) -> dict[str, str]:
         """Provider, kernels, threads and KV type, for reports."""
-        return {
+        facts = {
             "executor": f"ONNX Runtime {ort.__version__} CPU",
             "kernels": self._kernels,
             "threads": str(self._threads),
             "kv": self._kv_type,
         }
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that take memory when they are first written, in huge pages where the system has them.
-
-    Attention jumps between KV pages all over the pool: with small pages every jump costs a walk of the page table.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(error.strerror) from None
-    with contextlib.suppress(OSError, AttributeError):  # not every kernel offers it
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
+        if self._offload is not None:
+            facts["offload"] = f"{self._offload.resident_pages} of {self.num_pages} KV pages in memory, all on disk"
+        return facts

@@ -15,7 +15,8 @@ from edge.kv_cache import pages_for
 from edge.machine import available_memory
 from edge.memory.attended import least_slots
 from edge.memory.fit import Ledger, fit_offloaded, fit_plan
-from edge.memory.ledger import HOST, MEMORY, Line, Run, cache_lines, total
+from edge.memory.ledger import HOST, MEMORY, Line, cache_lines, total
+from edge.memory.run import Run
 from edge.plan import EngineOptions, Plan, resolve_sparse, subject_of
 from edge.tensorrt import Flavour, load_flavour
 from plugins import PAGE_TOKENS

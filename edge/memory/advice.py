@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from edge.kv_cache import pages_for
 from edge.memory.attended import least_slots
 from edge.memory.fit import largest_context
-from edge.memory.ledger import Line, Run, Subject, total
+from edge.memory.ledger import Line, Subject, total
+from edge.memory.run import Run
 from edge.memory.weights import BITS
 
 Ledger = Callable[[Subject, Run], tuple[Line, ...]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from edge.config import ModelConfig, SparseConfig
 from edge.kv_cache import pages_for
+from edge.plan import ALWAYS_DENSE
+from plugins.offload.store import MINIMUM_SLOTS
 
 
 def forced_pages(sparse: SparseConfig) -> int:
@@ -16,6 +18,12 @@ def token_pages(config: ModelConfig, sparse: SparseConfig, context: int) -> int:
     chosen = config.num_key_value_heads * (sparse.selected_blocks - forced_pages(sparse))
     dense = pages_for(min(max(sparse.dense_len - 1, 0), context))
     return max(forced_pages(sparse) + chosen, dense, 2)  # 2: a token's own page, and one whose keys are averaged
+
+
+def least_streamed(sparse: SparseConfig | None) -> int:
+    """Pages in memory where the others are streamed through a few more: those that every token attends to stay."""
+    is_dense = sparse is None or sparse.dense_len == ALWAYS_DENSE
+    return MINIMUM_SLOTS + (0 if is_dense or sparse is None else forced_pages(sparse))
 
 
 def least_slots(config: ModelConfig, sparse: SparseConfig, context: int) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from edge.config import ModelConfig
 from edge.kv_cache import pages_for
+from edge.memory.run import Run
 from plugins import PAGE_TOKENS
 
 TILE_ROWS = 512  # query rows of one task (plugins/paged_attention/cpu.h: kTileRows)
@@ -13,41 +16,46 @@ PART_BLOCKS = 16  # pages of one part of a single token's attention (kPartBlocks
 _PAIR_DIM, _MOST_QUAD_DIM, _QUAD_ROWS = 32, 256, 16
 
 
-def attention_bytes(
-    config: ModelConfig, kv: str, *, tokens: int, sequences: int, threads: int, context: int, packed: bool
-) -> int:
-    """Every thread keeps the largest tile it had; beside them is what a step of `tokens` lists, or one of decoding.
+def attention_bytes(config: ModelConfig, kv: str, run: Run) -> int:
+    """Every thread keeps the largest tile it had; beside them is what a step of a prompt lists, or one of decoding.
 
-    packed: whether the processor multiplies pairs of bfloat16 and fours of int8, for which less is kept.
+    With pages on disk all tasks of a step are at work at once, and their queries and sums are kept beside the threads'.
     """
-    group, pages = config.group_size, pages_for(context)
-    tile_tokens = min(max(1, TILE_ROWS // group), max(1, tokens))
-    thread = _tile(tile_tokens * group, config.head_dim, kv, packed)
-    if is_choosing := _is_choosing(config, context):  # by scores: a tile of its own, a key for each block
-        compressed = "bfloat16" if kv == "int8" else kv
-        thread += _tile(tile_tokens * group, config.head_dim, compressed, packed) + 4 * tile_tokens * pages + 8 * pages
-    tiles = config.num_key_value_heads * (sequences - 1 + -(-max(1, tokens - sequences + 1) // tile_tokens))
-    prompt = tiles * 4 * pages + _choices(config, tokens, pages)
+    group, heads, pages = config.group_size, config.num_key_value_heads, pages_for(run.context)
+    tile_tokens = min(max(1, TILE_ROWS // group), run.tokens)
+    tile = _tile(tile_tokens * group, config.head_dim, kv, run.packed)
+    row = tile.state // (tile_tokens * group)
+    is_stored = run.resident is not None
+    thread = tile.scratch if is_stored else tile.scratch + tile.state
+    if is_choosing := _is_choosing(config, run.context):  # by scores: a tile of its own, a key for each block
+        compressed = _tile(tile_tokens * group, config.head_dim, "bfloat16" if kv == "int8" else kv, run.packed)
+        thread += compressed.scratch + compressed.state + 4 * tile_tokens * pages + 8 * pages
+    tiles = heads * (run.sequences - 1 + -(-run.chunk // tile_tokens))
+    prompt = 4 * tiles * pages + (run.tokens * heads * group * row if is_stored else 0)
     attended = _most_attended(config, pages) if is_choosing else pages
-    single = sequences * config.num_key_value_heads
     parts = -(-attended // PART_BLOCKS)
-    decode = single * (4 * attended + (4 * parts * group * (config.head_dim + 2) if parts > 1 else 0))
-    return threads * thread + max(prompt, decode + _choices(config, sequences, pages))
+    part = group * (row if is_stored else 4 * (config.head_dim + 2))
+    decode = run.sequences * heads * (4 * attended + (parts * part if is_stored or parts > 1 else 0))
+    choices = 0 if config.sparse is None else heads * 8 * -(-pages // 64)  # of a token: a bit for each block
+    return run.threads * thread + max(prompt + run.tokens * choices, decode + run.sequences * choices)
 
 
-def _tile(rows: int, dim: int, kv: str, packed: bool) -> int:
-    """One `Tile` (plugins/paged_attention/tile.h): queries, keys, values and weights are elements, the rest float32."""
+@dataclass(frozen=True)
+class _Tile:
+    """state: a tile's queries and what was found for them; scratch: what it works in."""
+
+    state: int
+    scratch: int
+
+
+def _tile(rows: int, dim: int, kv: str, packed: bool) -> _Tile:
+    """plugins/paged_attention/tile.h: queries, keys, values and weights are elements, the rest float32."""
+    sums = 4 * (dim + 2)
     if packed and kv == "int8" and dim <= _MOST_QUAD_DIM:
-        sums = _QUAD_ROWS * 2 * (4 * max(dim, PAGE_TOKENS) + PAGE_TOKENS)
-        return rows * (2 * dim + 12) + sums + 4 * rows * (dim + 2)
+        return _Tile(rows * (2 * dim + 12 + sums), _QUAD_ROWS * 2 * (4 * max(dim, PAGE_TOKENS) + PAGE_TOKENS))
     element = 2 if packed and kv == "bfloat16" and dim % _PAIR_DIM == 0 else 4
-    elements = rows * dim + 2 * PAGE_TOKENS * dim + rows * PAGE_TOKENS
-    return element * elements + 4 * rows * (PAGE_TOKENS + dim + 2)
-
-
-def _choices(config: ModelConfig, tokens: int, pages: int) -> int:
-    """A bit for each block, KV head and token, in words of 64."""
-    return 0 if config.sparse is None else tokens * config.num_key_value_heads * 8 * -(-pages // 64)
+    scratch = (element + 4) * rows * PAGE_TOKENS + 2 * element * PAGE_TOKENS * dim
+    return _Tile(rows * (element * dim + sums), scratch)
 
 
 def _is_choosing(config: ModelConfig, context: int) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 
 from edge.kv_cache import pages_for
 from edge.memory.devices import Device
-from edge.memory.ledger import HOST, Line, Run, Subject, cache_lines
+from edge.memory.ledger import HOST, Line, Subject, cache_lines
+from edge.memory.run import Run
 from edge.memory.weights import device_weight_bytes
 from plugins.infllmv2.launch import scratch as selection_scratch
 from plugins.paged_attention.launch import AttentionShape, scratch_up_to

@@ -9,7 +9,9 @@ from edge.bundle import Bundle
 from edge.errors import EdgeError
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
-from edge.memory.ledger import Line, Run, cpu_ledger, total
+from edge.memory.attended import least_streamed
+from edge.memory.ledger import Line, cpu_ledger, total
+from edge.memory.run import Run
 from edge.plan import MIB, EngineOptions, Plan, resolve_sparse, subject_of
 from plugins import PAGE_TOKENS
 
@@ -29,7 +31,15 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
         threads=options.threads,
         packed=multiplies_packed(),
     )
-    return fit_plan(bundle, options, lambda r: cpu_ledger(subject, r), run, free=available_memory())
+    free = available_memory()
+
+    def ledger(run: Run) -> tuple[Line, ...]:
+        return cpu_ledger(subject, run)
+
+    if options.offload is None:
+        return fit_plan(bundle, options, ledger, run, free=free)
+    least = least_streamed(resolve_sparse(bundle, options))
+    return fit_offloaded(bundle, options, ledger, run, free=free, least=least)
 
 
 def fit_plan(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *, free: int) -> Plan:

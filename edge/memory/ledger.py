@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edge.config import ModelConfig
-from edge.kv_cache import COMPRESSED_POOLS, pages_for, pool_layout
+from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.attention import attention_bytes
+from edge.memory.run import Run
 from edge.memory.step import step_bytes
 from edge.memory.weights import StoredWeights, cpu_weight_bytes
 from plugins import PAGE_TOKENS
@@ -48,33 +49,6 @@ class Subject:
         return self.types["kv"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """How it runs: `sequences` of up to `context` tokens, `chunk` prompt tokens a step, logits of up to `rows` rows.
-
-    packed: whether the processor multiplies pairs of bfloat16 and fours of int8 (plugins/ort/library.py knows).
-    resident: KV pages in memory if the others are offloaded; None keeps all of them.
-    """
-
-    context: int
-    sequences: int = 1
-    chunk: int = 512
-    rows: int = 1
-    threads: int = 1
-    packed: bool = False
-    resident: int | None = None
-
-    @property
-    def pages(self) -> int:
-        """KV pages of all sequences."""
-        return self.sequences * pages_for(self.context)
-
-    @property
-    def tokens(self) -> int:
-        """Most tokens of a step: a prompt's chunk beside a token of every other sequence."""
-        return self.chunk + self.sequences - 1
-
-
 def total(lines: Iterable[Line]) -> int:
     """Bytes of the memory that the budget is for."""
     return sum(line.bytes for line in lines if not line.is_elsewhere)
@@ -87,14 +61,23 @@ def page_bytes(config: ModelConfig, types: Mapping[str, str]) -> tuple[int, int]
     return config.num_hidden_layers * (sum(sizes.values()) - keys), config.num_hidden_layers * keys
 
 
+def scale_bytes(config: ModelConfig, types: Mapping[str, str]) -> int:
+    """Bytes of an int8 cache's scales on one page over all layers; 0 of other caches."""
+    scales = pool_layout(config, types).get("kv_scales")
+    return 0 if scales is None else config.num_hidden_layers * scales.nbytes
+
+
 def cache_lines(subject: Subject, run: Run, elsewhere: str = DISK) -> list[Line]:
-    """KV pages, those offloaded, and compressed keys, which never are."""
+    """KV pages, those offloaded, and compressed keys, which never are; nor are an int8 cache's scales to a disk."""
     values, keys = page_bytes(subject.config, subject.types)
     resident = run.pages if run.resident is None else min(run.resident, run.pages)
     lines = [Line("kv cache", resident * values, f"{resident} pages of {PAGE_TOKENS} tokens, {subject.kv}")]
     if keys:
         lines.append(Line("compressed keys", run.pages * keys, "for the choice of blocks"))
     if run.resident is not None:
+        if elsewhere == DISK and (scales := scale_bytes(subject.config, subject.types)):
+            lines.append(Line("scales", (run.pages - resident) * scales, "of the pages on disk"))
+            values -= scales
         lines.append(Line("offloaded kv", run.pages * values, f"{run.pages} pages", elsewhere))
     return lines
 
@@ -104,19 +87,10 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
     config = subject.config
     weights = cpu_weight_bytes(config, subject.weights)
     step = step_bytes(config, subject.weights, run.tokens, run.rows)
-    attention = attention_bytes(
-        config,
-        subject.kv,
-        tokens=run.tokens,
-        sequences=run.sequences,
-        threads=run.threads,
-        context=run.context,
-        packed=run.packed,
-    )
     working = [
         *cache_lines(subject, run),
         Line("activations", step, f"steps of {run.tokens} tokens"),
-        Line("attention", attention, f"{run.threads} threads"),
+        Line("attention", attention_bytes(config, subject.kv, run), f"{run.threads} threads"),
         Line("logits", 2 * 4 * run.rows * config.vocab_size, f"{run.rows} rows, and a copy"),
         Line("headroom", headroom(weights.packed) + headroom(step), "for what the formulas miss"),
     ]

@@ -22,8 +22,14 @@ inline Buffer<int32_t> selected_by_any(const BlockMask& mask, const TokenTile& t
 template <class T, class E, class W, class WE>
 void infllmv2_attention(const AttentionStep& s, const Cache<T>& cache, W* fine, W* coarse,
                         const int32_t* switch_length, const SparseSettings& settings, Parallel parallel) {
-  append<T, E>(s, cache, parallel);
-  compress<E>(s, cache, fine, coarse, settings.use_nope ? 2 : 0, parallel);
+  const auto keep = [&](const AttentionStep& part) {
+    append<T, E>(part, cache, parallel);
+    compress<E>(part, cache, fine, coarse, settings.use_nope ? 2 : 0, parallel);
+  };
+  if (s.store == nullptr)
+    keep(s);
+  else
+    in_stored_parts(s, 1, keep);  // a window reaches back one page
   const auto tiles = token_tiles(s);
   BlockMask mask(s.tokens(), s.kv_heads, s.table_width);
   parallel(tiles.size(), [&](size_t i) {

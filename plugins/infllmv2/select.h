@@ -152,7 +152,7 @@ void fine_pass(const AttentionStep& s, const T* fine, const SparseSettings& sett
 // The best `count` of blocks [first, last) by (score descending, block ascending).
 inline void set_best(const float* scores, int64_t first, int64_t last, int64_t count, uint64_t* row) {
   static thread_local Buffer<uint64_t> keys;
-  make_room(keys, std::max<int64_t>(0, last - first));
+  size_to(keys, std::max<int64_t>(0, last - first));
   for (int64_t b = first; b < last; ++b) {
     uint32_t bits;  // of a float that is not negative: ordered as the float is
     memcpy(&bits, scores + b, sizeof bits);

@@ -4,6 +4,7 @@
 
 #include "plugins/group_offsets/cpu.h"
 #include "plugins/infllmv2/cpu.h"
+#include "plugins/offload/exports.h"
 #include "plugins/ort/memory.h"
 #include "plugins/ort/ort_abi.h"
 #include "plugins/paged_attention/cpu.h"
@@ -125,6 +126,11 @@ void* pool_output(void* context, size_t index, const ort::Tensor& pool) {
   return out;
 }
 
+// What a step of attention ends in: null, or why a page could not be had.
+ort::Status* outcome(edge::PageStore* store) {
+  return store != nullptr && store->file().failed() ? ort::failure(store->file().failure().c_str()) : nullptr;
+}
+
 // Calls run(pool type, element type): products of bfloat16 pairs, or of bytes, where the processor has them.
 template <ort::ElementType Type, class Run>
 void with_types(int64_t dim, Run run) {
@@ -160,9 +166,10 @@ struct PagedAttention {
 
   explicit PagedAttention(const void* info) : shape(info) {}
 
-  void compute(void* context) {
+  ort::Status* compute(void* context) {
     const auto pool = ort::input(context, kPool);
-    const auto step = shape.step(context, kPositions, pool.shape[1]);
+    auto step = shape.step(context, kPositions, pool.shape[1]);
+    step.store = edge::find_store(pool.data);
     void* pool_out = pool_output(context, 1, pool);
     float* scales = nullptr;
     if constexpr (kInt8Cache) scales = static_cast<float*>(pool_output(context, 2, ort::input(context, kScales)));
@@ -178,6 +185,7 @@ struct PagedAttention {
       with_types<ort::kFloat16>(shape.dim, run);
     else
       with_types<ort::kBFloat16>(shape.dim, run);
+    return outcome(step.store);
   }
 };
 
@@ -203,9 +211,10 @@ struct InfLlmV2Attention {
 
   explicit InfLlmV2Attention(const void* info) : shape(info), use_nope(ort::int_attribute(info, "use_nope") != 0) {}
 
-  void compute(void* context) {
+  ort::Status* compute(void* context) {
     const auto pool = ort::input(context, kPool), c1 = ort::input(context, kC1), c2 = ort::input(context, kC2);
-    const auto step = shape.step(context, kPositions, pool.shape[1]);
+    auto step = shape.step(context, kPositions, pool.shape[1]);
+    step.store = edge::find_store(pool.data);
     const auto* switch_length = ort::input(context, kSwitchLength).template as<int32_t>();
     const auto* given = ort::input(context, kSettings).template as<int32_t>();
     const edge::SparseSettings settings{given[0], given[1], given[2], given[3], use_nope};
@@ -228,6 +237,7 @@ struct InfLlmV2Attention {
       else
         run(type, element, type, element);
     });
+    return outcome(step.store);
   }
 };
 
@@ -255,8 +265,6 @@ ort::Status* register_pools() {
 }
 
 }  // namespace
-
-#define EDGE_EXPORT extern "C" __attribute__((visibility("default")))
 
 EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   ort::api = base->GetApi(ort::kApiVersion);

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "plugins/ort/parallel.h"
@@ -43,7 +45,7 @@ constexpr uint32_t kApiVersion = 17;
 
 enum ElementType : int { kUndefined = 0, kFloat = 1, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
 
-// OrtCustomOp, version 7 of the struct (all that a required, non-variadic signature needs).
+// OrtCustomOp, version 16 of the struct: the first whose kernels can say that they failed.
 struct CustomOp {
   uint32_t version;
   void* (*CreateKernel)(const CustomOp*, const Function* api, const void* info);
@@ -53,11 +55,15 @@ struct CustomOp {
   size_t (*GetInputTypeCount)(const CustomOp*);
   ElementType (*GetOutputType)(const CustomOp*, size_t);
   size_t (*GetOutputTypeCount)(const CustomOp*);
-  void (*KernelCompute)(void* kernel, void* context);
+  void (*KernelCompute)(void* kernel, void* context);  // older than KernelComputeV2, and not used beside it
   void (*KernelDestroy)(void* kernel);
   int (*GetInputCharacteristic)(const CustomOp*, size_t);
   int (*GetOutputCharacteristic)(const CustomOp*, size_t);
-  void* unused[24];  // later versions' fields: never read at version 7, here for safety
+  int (*GetInputMemoryType)(const CustomOp*, size_t);
+  void* variadic[4];  // of variadic signatures
+  Status* (*CreateKernelV2)(const CustomOp*, const Function* api, const void* info, void** kernel);
+  Status* (*KernelComputeV2)(void* kernel, void* context);
+  void* unused[16];  // later versions' fields: never read at version 16, here for safety
 };
 
 // OrtAllocator, as of version 17 (later versions' fields are never read then).
@@ -73,6 +79,11 @@ inline const Function* api = nullptr;
 template <class... Arguments>
 Status* call(Slot slot, Arguments... arguments) {
   return reinterpret_cast<Status* (*)(Arguments...)>(api[slot])(arguments...);
+}
+
+inline Status* failure(const char* message) {
+  constexpr int kFail = 1;
+  return reinterpret_cast<Status* (*)(int, const char*)>(api[kCreateStatus])(kFail, message);
 }
 
 struct Tensor {
@@ -132,23 +143,36 @@ inline edge::Parallel parallel(void* context) {
           context};
 }
 
-// An operator from a struct `Op` with: name, inputs, outputs, a constructor from OrtKernelInfo, compute(context),
-// and input_type(i) / output_type(i) (kUndefined accepts any type).
+// An operator from a struct `Op` with: name, inputs, outputs, a constructor from OrtKernelInfo, compute(context), which
+// gives nothing or a status, and input_type(i) / output_type(i) (kUndefined accepts any type).
 template <class Op>
 CustomOp make_custom_op() {
   CustomOp op{};
-  op.version = 7;
-  op.CreateKernel = [](const CustomOp*, const Function*, const void* info) -> void* { return new Op(info); };
+  op.version = 16;
+  op.CreateKernelV2 = [](const CustomOp*, const Function*, const void* info, void** kernel) -> Status* {
+    *kernel = new Op(info);
+    return nullptr;
+  };
   op.GetName = [](const CustomOp*) { return Op::name; };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const CustomOp*, size_t i) { return Op::input_type(i); };
   op.GetInputTypeCount = [](const CustomOp*) { return Op::inputs; };
   op.GetOutputType = [](const CustomOp*, size_t i) { return Op::output_type(i); };
   op.GetOutputTypeCount = [](const CustomOp*) { return Op::outputs; };
-  op.KernelCompute = [](void* kernel, void* context) { static_cast<Op*>(kernel)->compute(context); };
+  op.KernelComputeV2 = [](void* kernel, void* context) -> Status* {
+    try {
+      if constexpr (std::is_void_v<decltype(std::declval<Op>().compute(context))>)
+        return static_cast<Op*>(kernel)->compute(context), nullptr;
+      else
+        return static_cast<Op*>(kernel)->compute(context);
+    } catch (const std::bad_alloc&) {
+      return failure("an operator found no memory to work in");
+    }
+  };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
   op.GetInputCharacteristic = [](const CustomOp*, size_t) { return 0; };   // required
   op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return 0; };  // required
+  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };       // the processor's own
   return op;
 }
 

@@ -48,7 +48,7 @@ using Buffer = std::vector<T, CountingAllocator<T>>;
 // `count` values of any content. A longer buffer than before is exactly as long as asked for, and the old one goes
 // first: a vector by itself would hold both, and up to twice as much.
 template <class T>
-inline void make_room(Buffer<T>& buffer, size_t count) {
+inline void size_to(Buffer<T>& buffer, size_t count) {
   if (buffer.capacity() < count) {
     Buffer<T>().swap(buffer);
     buffer.reserve(count);
@@ -58,7 +58,7 @@ inline void make_room(Buffer<T>& buffer, size_t count) {
 
 template <class T>
 inline void fill(Buffer<T>& buffer, size_t count, T value) {
-  make_room(buffer, count);
+  size_to(buffer, count);
   buffer.assign(count, value);
 }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "plugins/offload/page_store.h"
 #include "plugins/ort/parallel.h"
 #include "plugins/paged_attention/quad_tile.h"
 
@@ -31,6 +32,7 @@ struct AttentionStep {
   float scale;
   float* out;  // [tokens, heads * dim]
   int64_t planes = 2;  // of the pool: rotated keys, values, and perhaps the keys before rotation
+  PageStore* store = nullptr;  // where the pages are, if the pool has not room for all (stored.h)
 
   int64_t tokens() const { return query_start[sequences]; }
   int64_t group() const { return heads / kv_heads; }
@@ -40,15 +42,22 @@ struct AttentionStep {
   const float* query(int64_t token, int64_t head) const { return qkv + token * row_stride() + head * dim; }
 };
 
-// A layer's pool [pages, planes, kv_heads, 64, dim] and, of int8 codes, their scales [pages, planes, kv_heads, 64].
+// A layer's pool [pages or slots, planes, kv_heads, 64, dim] and, of int8 codes, their scales
+// [pages, planes, kv_heads, 64], which are in memory for all pages.
 template <class T>
 struct Cache {
   T* pool;
   float* scales = nullptr;
 
   Slice<T> slice(const AttentionStep& s, int64_t page, int64_t plane, int64_t head) const {
-    const int64_t first = ((page * s.planes + plane) * s.kv_heads + head) * kPage;
-    return {pool + first * s.dim, scales == nullptr ? nullptr : scales + first};
+    const int64_t slot = s.store == nullptr ? page : s.store->slot(page, head);
+    return {pool + first(s, slot, plane, head) * s.dim,
+            scales == nullptr ? nullptr : scales + first(s, page, plane, head)};
+  }
+
+ private:
+  static int64_t first(const AttentionStep& s, int64_t page, int64_t plane, int64_t head) {
+    return ((page * s.planes + plane) * s.kv_heads + head) * kPage;
   }
 };
 
@@ -121,13 +130,17 @@ struct BlockChoice {
   Selected selected;
 };
 
-// One tile over blocks [begin, end) of its choice; leaves sums of weights x values in `buffer`, not yet divided.
+template <class E>
+void start_tile(const AttentionStep& s, const TokenTile& tile, Tile<E>& buffer) {
+  buffer.start((tile.last - tile.first) * s.group(), s.dim);
+  load_queries(s, tile.head, tile.first, tile.last, buffer, true);
+}
+
+// A started tile over blocks [begin, end) of its choice; adds sums of weights x values to `buffer`, not yet divided.
 template <class T, class E, class Selected>
 void attend_blocks(const AttentionStep& s, const Cache<T>& cache, const TokenTile& tile,
                    const BlockChoice<Selected>& choice, int64_t begin, int64_t end, Tile<E>& buffer) {
   const int64_t group = s.group(), dim = s.dim;
-  buffer.start((tile.last - tile.first) * group, dim);
-  load_queries(s, tile.head, tile.first, tile.last, buffer, true);
   const int64_t highest = s.positions[tile.last - 1];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block = choice.blocks[i], start = block * kPage;
@@ -141,6 +154,7 @@ void attend_blocks(const AttentionStep& s, const Cache<T>& cache, const TokenTil
       if (!wanted) continue;
       if (loaded.written == 0) {
         const int64_t page = s.page(tile.sequence, block);
+        if (s.store != nullptr && !s.store->wait(page, tile.head)) return;  // the step has failed, and will say so
         const int64_t next = s.page(tile.sequence, choice.blocks[std::min(i + 1, end - 1)]);
         const auto keys = cache.slice(s, page, 0, tile.head), next_keys = cache.slice(s, next, 0, tile.head);
         const auto values = cache.slice(s, page, 1, tile.head), next_values = cache.slice(s, next, 1, tile.head);
@@ -189,45 +203,72 @@ inline void merge(Partial* parts, int64_t count, int64_t rows, int64_t dim) {
   }
 }
 
-// Attention of every tile over the blocks of its choice.
-template <class T, class E, class Choices>
-void attend(const AttentionStep& s, const Cache<T>& cache, const std::vector<TokenTile>& tiles,
-            const Choices& choices, Parallel parallel) {
-  struct Task {
-    size_t tile;
-    int64_t begin, end;
-    Partial* part;  // null: the only part of its tile
-  };
-  std::vector<Task> tasks;
-  std::vector<std::vector<Partial>> partials(tiles.size());
+// Blocks [begin, end) of a tile's choice.
+struct AttentionTask {
+  size_t tile;
+  int64_t begin, end;
+};
+
+// The tasks of all tiles, tile after tile.
+template <class Choices>
+std::vector<AttentionTask> attention_tasks(const AttentionStep& s, const std::vector<TokenTile>& tiles,
+                                           const Choices& choices) {
+  std::vector<AttentionTask> tasks;
   for (size_t i = 0; i < tiles.size(); ++i) {
     const int64_t blocks = choices[i].blocks.size();
     // Not for what a longer step leaves alone in its first tile: how a prompt is cut must not change how it is rounded.
     const int64_t b = tiles[i].sequence, tokens = s.query_start[b + 1] - s.query_start[b];
     const int64_t parts = tokens > 1 ? 1 : (blocks + kPartBlocks - 1) / kPartBlocks;
-    if (parts > 1) partials[i].resize(parts);
-    for (int64_t p = 0; p < parts; ++p)
-      tasks.push_back({i, blocks * p / parts, blocks * (p + 1) / parts, parts > 1 ? &partials[i][p] : nullptr});
+    for (int64_t p = 0; p < parts; ++p) tasks.push_back({i, blocks * p / parts, blocks * (p + 1) / parts});
   }
-  parallel(tasks.size(), [&](size_t i) {
-    static thread_local Tile<E> buffer;
-    const Task& task = tasks[i];
-    attend_blocks(s, cache, tiles[task.tile], choices[task.tile], task.begin, task.end, buffer);
-    if (task.part == nullptr)
-      write_rows(s, tiles[task.tile], buffer.out.data(), buffer.row_sum.data());
-    else
-      *task.part = {buffer.out, buffer.row_max, buffer.row_sum};
-  });
-  for (size_t i = 0; i < tiles.size(); ++i) {
-    if (partials[i].empty()) continue;
-    merge(partials[i].data(), partials[i].size(), s.group(), s.dim);
-    write_rows(s, tiles[i], partials[i][0].out.data(), partials[i][0].row_sum.data());
+  return tasks;
+}
+
+// Attends over pages of which some are on disk -> what each task found (stored.h).
+template <class T, class E, class Choices>
+std::vector<Partial> attend_stored(const AttentionStep& s, const Cache<T>& cache, const std::vector<TokenTile>& tiles,
+                                   const Choices& choices, const std::vector<AttentionTask>& tasks, Parallel parallel);
+
+// Attention of every tile over the blocks of its choice.
+template <class T, class E, class Choices>
+void attend(const AttentionStep& s, const Cache<T>& cache, const std::vector<TokenTile>& tiles,
+            const Choices& choices, Parallel parallel) {
+  const auto tasks = attention_tasks(s, tiles, choices);
+  std::vector<Partial> partials(tasks.size());
+  if (s.store != nullptr)
+    partials = attend_stored<T, E>(s, cache, tiles, choices, tasks, parallel);
+  else
+    parallel(tasks.size(), [&](size_t i) {
+      static thread_local Tile<E> buffer;
+      const TokenTile& tile = tiles[tasks[i].tile];
+      start_tile(s, tile, buffer);
+      attend_blocks(s, cache, tile, choices[tasks[i].tile], tasks[i].begin, tasks[i].end, buffer);
+      const bool is_only = tasks[i].end - tasks[i].begin == int64_t(choices[tasks[i].tile].blocks.size());
+      if (is_only)
+        write_rows(s, tile, buffer.out.data(), buffer.row_sum.data());
+      else
+        partials[i] = {buffer.out, buffer.row_max, buffer.row_sum};
+    });
+  for (size_t i = 0, next; i < tasks.size(); i = next) {
+    for (next = i + 1; next < tasks.size() && tasks[next].tile == tasks[i].tile;) ++next;
+    if (partials[i].out.empty()) continue;  // written above
+    const TokenTile& tile = tiles[tasks[i].tile];
+    merge(&partials[i], next - i, (tile.last - tile.first) * s.group(), s.dim);
+    write_rows(s, tile, partials[i].out.data(), partials[i].row_sum.data());
   }
 }
 
+// Calls work(part of the step) until every token has been in one, with the pages that these tokens are written to in
+// the pool, and `before` pages before them.
+template <class Work>
+void in_stored_parts(const AttentionStep& s, int64_t before, Work work);
+
 template <class T, class E>
 void paged_attention(const AttentionStep& s, const Cache<T>& cache, Parallel parallel) {
-  append<T, E>(s, cache, parallel);
+  if (s.store == nullptr)
+    append<T, E>(s, cache, parallel);
+  else
+    in_stored_parts(s, 0, [&](const AttentionStep& part) { append<T, E>(part, cache, parallel); });
   const auto every = [](int64_t, int64_t) { return true; };
   const auto tiles = token_tiles(s);
   std::vector<BlockChoice<decltype(every)>> choices;
@@ -242,3 +283,5 @@ void paged_attention(const AttentionStep& s, const Cache<T>& cache, Parallel par
 }
 
 }  // namespace edge
+
+#include "plugins/paged_attention/stored.h"

@@ -11,22 +11,31 @@ constexpr int64_t kMaxQuadDim = 256;  // sums of this many products of 16 and 8 
 constexpr int64_t kQuadRows = 16;     // query rows whose sums stay in the first-level cache
 
 template <>
-struct Tile<Quad> {
-  Buffer<Quad> q, keys, values;    // q [rows, 2, dim]: multiples of 128, and the rest; the others stay empty
-  Buffer<UnsignedQuad> weights;    // [kQuadRows, 2, 64]: multiples of 256, and the rest
-  Buffer<int32_t> sums, q_offset;  // q_offset [rows, 2]: what 128 in every key adds to a sum, negative
+struct TileState<Quad> {
+  Buffer<Quad> q;            // [rows, 2, dim]: multiples of 128, and the rest
+  Buffer<int32_t> q_offset;  // [rows, 2]: what 128 in every key adds to a sum, negative
   Buffer<float> out, row_max, row_sum, q_scale;
+};
+
+template <>
+struct Tile<Quad> : TileState<Quad> {
+  Buffer<Quad> keys, values;     // stay empty
+  Buffer<UnsignedQuad> weights;  // [kQuadRows, 2, 64]: multiples of 256, and the rest
+  Buffer<int32_t> sums;
   float key_scales[kPage], value_scales[kPage];
 
   void start(int64_t rows, int64_t dim) {
-    make_room(q, rows * 2 * dim / 4);
-    make_room(q_offset, rows * 2);
-    make_room(q_scale, rows);
+    size_to(q, rows * 2 * dim / 4);
+    size_to(q_offset, rows * 2);
+    size_to(q_scale, rows);
     fill(out, rows * dim, 0.0f);
     fill(row_max, rows, std::numeric_limits<float>::lowest());
     fill(row_sum, rows, 0.0f);
-    make_room(sums, kQuadRows * 2 * std::max<int64_t>(dim, kPage));
-    make_room(weights, kQuadRows * 2 * kPage / 4);
+    make_room(rows, dim);
+  }
+  void make_room(int64_t, int64_t dim) {
+    size_to(sums, kQuadRows * 2 * std::max<int64_t>(dim, kPage));
+    size_to(weights, kQuadRows * 2 * kPage / 4);
   }
   void set_query(int64_t row, const float* query, int64_t dim) {
     constexpr float kMost = 127 * 128;

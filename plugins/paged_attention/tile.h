@@ -139,25 +139,36 @@ inline void transpose_rows(Row row, Pair* out, int64_t dim) {
   transpose_block(out, dim / 2, [&](int64_t t, int64_t c) { return (vf)load(pairs(t) + c); });
 }
 
+// A tile's queries and what was found for them so far.
+template <class E>
+struct TileState {
+  Buffer<E> q;
+  Buffer<float> out, row_max, row_sum;
+};
+
 // Buffers of one thread; they keep their size from call to call.
 template <class E>
-struct Tile {
-  Buffer<E> q, keys, values, weights;
-  Buffer<float> scores, out, row_max, row_sum;
+struct Tile : TileState<E> {
+  Buffer<E> keys, values, weights;
+  Buffer<float> scores;
   float key_scales[kPage], value_scales[kPage];
 
   void start(int64_t rows, int64_t dim) {
-    make_room(q, rows * dim / kPerElement<E>);
-    fill(out, rows * dim, 0.0f);
-    fill(row_max, rows, std::numeric_limits<float>::lowest());
-    fill(row_sum, rows, 0.0f);
-    make_room(scores, rows * kPage);
-    make_room(weights, rows * kPage / kPerElement<E>);
-    make_room(keys, dim * kPage / kPerElement<E>);
-    make_room(values, dim * kPage / kPerElement<E>);
+    size_to(this->q, rows * dim / kPerElement<E>);
+    fill(this->out, rows * dim, 0.0f);
+    fill(this->row_max, rows, std::numeric_limits<float>::lowest());
+    fill(this->row_sum, rows, 0.0f);
+    make_room(rows, dim);
+  }
+
+  void make_room(int64_t rows, int64_t dim) {
+    size_to(scores, rows * kPage);
+    size_to(weights, rows * kPage / kPerElement<E>);
+    size_to(keys, dim * kPage / kPerElement<E>);
+    size_to(values, dim * kPage / kPerElement<E>);
   }
   void set_query(int64_t row, const float* query, int64_t dim) {
-    to_elements(query, &q[row * dim / kPerElement<E>], dim);
+    to_elements(query, &this->q[row * dim / kPerElement<E>], dim);
   }
 };
 

@@ -1,0 +1,81 @@
+"""Where the CPU executor's KV pools are: in memory, or some of their pages in memory and all on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge.errors import EdgeError
+from plugins.offload.store import PageStore
+
+
+@dataclass(frozen=True)
+class MemoryPages:
+    """The pages of one pool [pages, ...] as rows of bytes."""
+
+    values: np.ndarray
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one."""
+        return int(self.values[0].nbytes)
+
+    def read(self, pages: Sequence[int]) -> np.ndarray:
+        """Copies of them [n, page_bytes]."""
+        return self.values[list(pages)].view(np.uint8).reshape(len(pages), self.page_bytes)
+
+    def write(self, pages: Sequence[int], data: np.ndarray) -> None:
+        """Fill them from rows of bytes."""
+        values = np.ascontiguousarray(data).view(self.values.dtype)
+        self.values[list(pages)] = values.reshape(len(pages), *self.values.shape[1:])
+
+
+@dataclass(frozen=True)
+class StoredPages:
+    """The same of a pool that has room for some of its pages; EdgeError if the disk fails."""
+
+    store: PageStore
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one."""
+        return self.store.page_bytes
+
+    def read(self, pages: Sequence[int]) -> np.ndarray:
+        """Copies of them [n, page_bytes]."""
+        with _disk_errors():
+            return np.stack([self.store.read_page(page) for page in pages])
+
+    def write(self, pages: Sequence[int], data: np.ndarray) -> None:
+        """Fill them from rows of bytes."""
+        with _disk_errors():
+            for page, values in zip(pages, data, strict=True):
+                self.store.write_page(page, values)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EdgeError(f"{error.strerror}; check the disk, or give more --memory to use less of it") from error
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros that take memory when they are first written, in huge pages where the system has them.
+
+    Attention jumps between KV pages all over the pool: with small pages every jump costs a walk of the page table.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(error.strerror) from None
+    with contextlib.suppress(OSError, AttributeError):  # not every kernel offers it
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
