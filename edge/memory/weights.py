@@ -26,6 +26,11 @@ class StoredWeights:
     embedding: str = "bfloat16"
 
     @property
+    def is_asymmetric(self) -> bool:
+        """Whether groups keep a minimum; ternary ones never do, whatever `symmetric` says."""
+        return self.kind == "w4a16" and not self.symmetric
+
+    @property
     def stored_head(self) -> str:
         """How the head is stored: of 16-bit weights as they are, whatever `head` says."""
         return self.kind if BITS[self.kind] == 16 else self.head
@@ -85,7 +90,7 @@ def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
         (c.hidden_size, c.intermediate_size),
     )
     for rows, columns in shapes:
-        yield Matrix(rows, columns, weights.kind, weights.group_size, weights.symmetric, c.num_hidden_layers)
+        yield Matrix(rows, columns, weights.kind, weights.group_size, not weights.is_asymmetric, c.num_hidden_layers)
     yield Matrix(c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size)
 
 
