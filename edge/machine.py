@@ -8,6 +8,11 @@ from pathlib import Path
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
+# Of control groups version 2 and 1: the limit, what is used of it, and the cached files among that in memory.stat.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def usable_cores() -> int:
@@ -24,9 +29,10 @@ def available_memory() -> int:
     """Bytes that can be had without swapping: what the system offers, within the control group's limits."""
     available = int(psutil.virtual_memory().available)
     for group in _control_groups():
-        limit, used = _text(group / "memory.max"), _text(group / "memory.current")
-        if limit.isdigit() and used.isdigit():
-            available = min(available, max(0, int(limit) - int(used) + _cached_files(group)))
+        for limit_file, used_file, cached in _MEMORY_FILES:
+            limit, used = _text(group / limit_file), _text(group / used_file)
+            if limit.isdigit() and used.isdigit():
+                available = min(available, max(0, int(limit) - int(used) + _cached_files(group, cached)))
     return available
 
 
@@ -41,19 +47,26 @@ def available_swap() -> int:
 
 
 def _control_groups() -> list[Path]:
-    """The group of this process and those around it (version 2; in a container only its own is visible)."""
+    """The groups of this process and those around them: version 2's, and version 1's of memory.
+
+    In a container only its own may be visible, at the place of the outermost.
+    """
+    groups: list[Path] = []
     for line in _text(Path("/proc/self/cgroup")).splitlines():
-        if line.startswith("0::"):
-            own = CGROUPS / line.removeprefix("0::").lstrip("/")
-            return [own, *(parent for parent in own.parents if parent.is_relative_to(CGROUPS))]
-    return []
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        own = root / path.lstrip("/")
+        groups += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    return groups
 
 
-def _cached_files(group: Path) -> int:
+def _cached_files(group: Path, wanted: str) -> int:
     """Bytes of cached file pages, which the kernel gives up before it refuses memory."""
     for line in _text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
-        if name == "inactive_file":
+        if name == wanted:
             return int(value)
     return 0
 

@@ -17,6 +17,7 @@ from edge.cli.options import parse_size
 from edge.config import ModelConfig
 from edge.engine import open_engine
 from edge.errors import EdgeError
+from edge.memory import fit
 from edge.memory.fit import make_plan
 from edge.memory.ledger import page_bytes
 from edge.plan import EngineOptions
@@ -73,6 +74,14 @@ def test_a_plan_fits_or_says_what_would(
 ) -> None:
     model = grown(bundle, replace(bundle.config, num_hidden_layers=layers))
     options = EngineOptions(context=context, memory=memory, chunk=chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "available_memory", lambda: 1 << 50)
+        check_plan_or_offers(model, options)
+
+
+def check_plan_or_offers(model: Bundle, options: EngineOptions) -> None:
+    context, memory = options.context, options.memory
+    assert memory is not None
     try:
         plan = make_plan(model, options)
     except EdgeError:
@@ -119,7 +128,18 @@ def test_without_a_budget_the_free_memory_is_one(bundle: Bundle) -> None:
         make_plan(bundle, EngineOptions(context=2**31 - 1))
 
 
-def test_a_pool_that_the_system_refuses_is_one_sentence(tiny_bundle: Path) -> None:
+def test_more_memory_than_there_is_is_not_promised(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was given a budget has it or does not begin: it shrinks only when it is told to."""
+    monkeypatch.setattr(fit, "available_memory", lambda: 400 * MIB)
+    monkeypatch.setattr(fit, "anonymous_bytes", lambda: 100 * MIB)
+    with pytest.raises(EdgeError, match=r"^--memory 501MiB is more than the 500MiB .* give --memory 500MiB$"):
+        make_plan(bundle, EngineOptions(memory=500 * MIB + 1))
+    assert make_plan(bundle, EngineOptions(memory=500 * MIB)).budget == 500 * MIB
+    assert make_plan(bundle, EngineOptions()).budget == 450 * MIB
+
+
+def test_a_pool_that_the_system_refuses_is_one_sentence(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "available_memory", lambda: 1 << 61)
     with pytest.raises(EdgeError, match="the KV pool cannot be had"):
         open_engine(tiny_bundle, EngineOptions(context=2**31 - 1, memory=1 << 60))
 
@@ -148,3 +168,25 @@ def test_a_container_may_have_less_than_the_machine(tmp_path: Path, monkeypatch:
     write_group(tmp_path / "outer", memory_max=str(50 * MIB), memory_current=str(70 * MIB), cpu_max="10000 100000")
     assert machine.available_memory() == 0
     assert machine.usable_cores() == 1
+
+
+def test_the_first_version_of_control_groups_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its root has a limit of 2^63 bytes less a page; usage is that of all groups within, as its cached files are."""
+    group = tmp_path / "memory" / "batch" / "job"
+    group.mkdir(parents=True)
+    cgroups = "5:cpu,cpuacct:/elsewhere\n4:hugetlb,memory:/batch/job\n0::/\n"
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    real = machine._text
+    monkeypatch.setattr(machine, "_text", lambda p: cgroups if p == Path("/proc/self/cgroup") else real(p))
+    assert machine._control_groups() == [group, group.parent, tmp_path / "memory", tmp_path]
+    free = psutil.virtual_memory().available
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text(f"{900 * MIB}\n")
+    assert abs(machine.available_memory() - free) < 1 << 30
+    (group / "memory.limit_in_bytes").write_text(f"{100 * MIB}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{70 * MIB}\n")
+    (group / "memory.stat").write_text(f"inactive_file {1 * MIB}\ntotal_inactive_file {25 * MIB}\n")
+    assert machine.available_memory() == 55 * MIB
+    (group.parent / "memory.limit_in_bytes").write_text(f"{80 * MIB}\n")
+    (group.parent / "memory.usage_in_bytes").write_text(f"{75 * MIB}\n")
+    assert machine.available_memory() == 5 * MIB

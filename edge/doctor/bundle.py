@@ -116,7 +116,7 @@ def bundle_memory(bundle: Bundle, patient: Patient) -> Finding:
     limit = bundle.manifest.limits["max_context"]
     if bundle.manifest.target == CPU:
         try:
-            plan = make_plan(bundle, EngineOptions(memory=int(patient.machine.available_memory * 0.9)))
+            plan = make_plan(bundle, EngineOptions(), free=patient.machine.available_memory)
         except EdgeError:
             words = f"does not fit in the {gib(patient.machine.available_memory)} that are available"
             remedy = "close other programs, export with --weights w4a16, or use a smaller model"

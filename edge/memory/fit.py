@@ -11,6 +11,7 @@ from edge.kv_cache import pages_for
 from edge.machine import available_memory
 from edge.memory.attended import least_streamed
 from edge.memory.ledger import Line, cpu_ledger, total
+from edge.memory.measured import anonymous_bytes
 from edge.memory.run import Run
 from edge.plan import MIB, EngineOptions, Plan, resolve_sparse, subject_of
 from plugins import PAGE_TOKENS
@@ -18,8 +19,8 @@ from plugins import PAGE_TOKENS
 Ledger = Callable[[Run], tuple[Line, ...]]
 
 
-def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
-    """The plan of a run on the CPU; `fit_plan` has the rules."""
+def make_plan(bundle: Bundle, options: EngineOptions, free: int | None = None) -> Plan:
+    """The plan of a run on the CPU; `fit_plan` has the rules. free: bytes that there are, of this machine if None."""
     from plugins.ort.library import multiplies_packed
 
     subject, limit = subject_of(bundle), bundle.manifest.limits["max_context"]
@@ -31,7 +32,8 @@ def make_plan(bundle: Bundle, options: EngineOptions) -> Plan:
         threads=options.threads,
         packed=multiplies_packed(),
     )
-    free = available_memory()
+    if free is None:
+        free = available_memory() + (anonymous_bytes() or 0)  # the plan has a line for what this process has already
 
     def ledger(run: Run) -> tuple[Line, ...]:
         return cpu_ledger(subject, run)
@@ -86,8 +88,15 @@ def fit_offloaded(
 
 
 def budget_of(options: EngineOptions, free: int) -> int:
-    """Bytes that a run may take."""
-    return options.memory if options.memory is not None else int(free * 0.9)
+    """Bytes that a run may take; EdgeError if more was promised to it than can be had: nothing shrinks unasked."""
+    if options.memory is None:
+        return int(free * 0.9)
+    if options.memory > free:
+        raise EdgeError(
+            f"--memory {_mib(options.memory)} is more than the {free // MIB}MiB that can be had here; close other "
+            f"programs, or give --memory {free // MIB}MiB"
+        )
+    return options.memory
 
 
 def largest_context(ledger: Ledger, run: Run, budget: int) -> int:
