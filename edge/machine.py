@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
-# Of control groups version 2 and 1: the limit, what is used of it, and the cached files among that in memory.stat.
+# Of control groups version 2 and 1: the limit, what is used of it, and the prefix of memory.stat's hierarchical names.
 _MEMORY_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 
 
@@ -29,10 +29,10 @@ def available_memory() -> int:
     """Bytes that can be had without swapping: what the system offers, within the control group's limits."""
     available = int(psutil.virtual_memory().available)
     for group in _control_groups():
-        for limit_file, used_file, cached in _MEMORY_FILES:
+        for limit_file, used_file, prefix in _MEMORY_FILES:
             limit, used = _text(group / limit_file), _text(group / used_file)
             if limit.isdigit() and used.isdigit():
-                available = min(available, max(0, int(limit) - int(used) + _cached_files(group, cached)))
+                available = min(available, max(0, int(limit) - int(used) + _cached_files(group, prefix)))
     return available
 
 
@@ -62,13 +62,11 @@ def _control_groups() -> list[Path]:
     return groups
 
 
-def _cached_files(group: Path, wanted: str) -> int:
+def _cached_files(group: Path, prefix: str) -> int:
     """Bytes of cached file pages, which the kernel gives up before it refuses memory."""
-    for line in _text(group / "memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name == wanted:
-            return int(value)
-    return 0
+    wanted = (f"{prefix}inactive_file", f"{prefix}active_file")
+    lines = (line.partition(" ") for line in _text(group / "memory.stat").splitlines())
+    return sum(int(value) for name, _, value in lines if name in wanted)
 
 
 def _text(path: Path) -> str:

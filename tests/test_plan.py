@@ -185,7 +185,9 @@ def test_the_first_version_of_control_groups_counts_too(tmp_path: Path, monkeypa
     assert abs(machine.available_memory() - free) < 1 << 30
     (group / "memory.limit_in_bytes").write_text(f"{100 * MIB}\n")
     (group / "memory.usage_in_bytes").write_text(f"{70 * MIB}\n")
-    (group / "memory.stat").write_text(f"inactive_file {1 * MIB}\ntotal_inactive_file {25 * MIB}\n")
+    (group / "memory.stat").write_text(
+        f"inactive_file {1 * MIB}\ntotal_inactive_file {5 * MIB}\ntotal_active_file {20 * MIB}\n"
+    )
     assert machine.available_memory() == 55 * MIB
     (group.parent / "memory.limit_in_bytes").write_text(f"{80 * MIB}\n")
     (group.parent / "memory.usage_in_bytes").write_text(f"{75 * MIB}\n")
