@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edge.bench.machine import Machine, MemoryUse
 from edge.bench.measure import BenchCase, CaseResult, Repetition
 from edge.bench.report import PeerRow, Report
+from edge.memory.measured import Compared
 from edge.sampler import SamplingParams
 
 MIB = 2**20
@@ -32,6 +33,15 @@ HERE = Machine(
     timestamp="2026-11-24T08:00:00+00:00",
 )
 CPU_ENGINE = {"model": "MiniCPM4-0.5B", "weights": "w4a16", "target": "onnxruntime", "bundle_key": "9f" * 32}
+
+
+LEDGER = (
+    Compared("weights", 300 * MIB, 300 * MIB),
+    Compared("kv cache", 64 * MIB, 65 * MIB),
+    Compared("offloaded kv", 512 * MIB, 512 * MIB, "disk"),
+    Compared("process", 160 * MIB, 40 * MIB),
+    Compared("loading", 16 * MIB, None),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,9 @@ class FakeEngine:
 
     def describe(self) -> dict[str, str]:
         return CPU_ENGINE
+
+    def ledger(self) -> Sequence[Compared]:
+        return LEDGER
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Event]:
         same_length = [ids for ids, _ in self.requests if len(ids) == len(prompt_ids)]
@@ -80,7 +93,7 @@ def sample_report(**changes: Any) -> Report:
         case_result(2048, (8.0, [0.020] * 60), (8.2, [0.022] * 60), peak=1800 * MIB),
     )
     peers = (PeerRow("llama.cpp Q4_0", 2048, 230.0, 60.0), PeerRow("llama.cpp Q4_0", 8192, 120.0, None))
-    return replace(Report(cases, HERE, CPU_ENGINE, 0, 0.02, peers), **changes)
+    return replace(Report(cases, HERE, CPU_ENGINE, 0, 0.02, peers, LEDGER), **changes)
 
 
 positive = st.floats(1e-6, 1e4)
@@ -94,6 +107,8 @@ def reports(draw: st.DrawFn) -> Report:
         gaps = draw(st.integers(0, 5))
         runs = draw(st.lists(st.tuples(positive, st.lists(positive, min_size=gaps, max_size=gaps)), min_size=1))
         cases.append(case_result(prompt, *runs[:3], peak=draw(st.integers(1, 2**40))))
+    sizes = st.integers(0, 2**40)
+    line = st.builds(Compared, text, sizes, st.none() | sizes, st.sampled_from(["memory", "disk"]))
     peer = st.builds(PeerRow, text, st.integers(1, 2**20), st.none() | positive, st.none() | positive)
     return Report(
         tuple(sorted(cases, key=lambda c: c.case.prompt_tokens)),
@@ -102,6 +117,7 @@ def reports(draw: st.DrawFn) -> Report:
         draw(st.integers(0, 9)),
         draw(st.none() | st.floats(0, 1)),
         tuple(draw(st.lists(peer, max_size=4))),
+        tuple(draw(st.lists(line, max_size=4))),
     )
 
 

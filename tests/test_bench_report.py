@@ -139,6 +139,37 @@ def test_a_piped_table_is_plain_text_and_says_where_it_ran() -> None:
     assert re.search(r"llama.cpp Q4_0 +8,192 +120 +- +- +-", said)
 
 
+LEDGER_ROWS = [
+    ["weights", "300 MiB", "300 MiB", "0.0 %"],
+    ["kv cache", "64.0 MiB", "65.0 MiB", "+1.6 %"],
+    ["offloaded kv (disk)", "512 MiB", "512 MiB", "0.0 %"],
+    ["process", "160 MiB", "40.0 MiB", "-75.0 %"],
+    ["loading", "16.0 MiB", "-", "-"],
+    ["total", "540 MiB", "405 MiB", "-25.0 %"],
+]
+
+
+def test_the_ledger_is_in_every_form_of_the_report() -> None:
+    """The total leaves out what is elsewhere; a line without a measure has none."""
+    report = sample_report()
+    said = printed(report)
+    for row in LEDGER_ROWS:
+        assert re.search(" +".join(map(re.escape, row)), said), row
+        assert f"| {' | '.join(row)} |" in markdown(report)
+    cells = Page(render_html(report)).texts
+    start = cells.index("Difference")
+    assert [text for text in cells[start:] if text.strip()][1 : 1 + 4 * len(LEDGER_ROWS)] == [
+        cell for row in LEDGER_ROWS for cell in row
+    ]
+    assert to_dict(report)["ledger"][1] == {"name": "kv cache", "planned": 64 * MIB, "measured": 65 * MIB} | {
+        "where": "memory"
+    }
+    older = to_dict(report)
+    del older["ledger"]
+    assert from_dict(older).ledger == ()
+    assert "Planned" not in printed(from_dict(older)) and "Planned" not in render_html(from_dict(older))
+
+
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert not re.search(r"\x1b\[[\d;]*3[0-7]", printed(sample_report(), force_terminal=True))
@@ -152,7 +183,7 @@ def test_console_markup_in_names_is_not_interpreted() -> None:
 def test_markdown_tables_keep_their_columns() -> None:
     said = markdown(sample_report(peers=(PeerRow("a|b*c", 128, 200.0, 50.0),)))
     tables = [block.splitlines() for block in said.split("\n\n") if block.startswith("|")]
-    assert [len(table) for table in tables] == [4, 3]
+    assert [len(table) for table in tables] == [4, 3, 8]
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1
     assert r"a\|b\*c" in said and "no device was used" in said
@@ -197,7 +228,7 @@ def test_text_from_outside_is_escaped() -> None:
 def test_the_page_is_readable_with_a_screen_reader_and_keyboard() -> None:
     parsed = Page(render_html(sample_report()))
     tags = [tag for tag, _ in parsed.elements]
-    assert tags.count("h1") == 1 and tags.count("caption") == tags.count("table") == 3
+    assert tags.count("h1") == 1 and tags.count("caption") == tags.count("table") == 4
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in parsed.elements if tag == "th")
     levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
     assert all(b - a <= 1 for a, b in pairwise(levels))

@@ -13,6 +13,7 @@ import numpy as np
 
 from edge.bench.machine import MemoryUse, read_memory, reset_peak_memory
 from edge.errors import EdgeError, UsageError
+from edge.memory.measured import Compared
 from edge.sampler import SamplingParams
 
 PERCENTILES = (50, 90, 99)
@@ -42,6 +43,8 @@ class BenchEngine(Protocol):
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]: ...
 
     def describe(self) -> dict[str, str]: ...
+
+    def ledger(self) -> Sequence[Compared]: ...
 
 
 @dataclass(frozen=True)

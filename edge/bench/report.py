@@ -22,6 +22,7 @@ from edge.bench.measure import (
     measure_cases,
 )
 from edge.errors import EdgeError
+from edge.memory.measured import Compared
 
 SCHEMA_VERSION = 1
 BUSY_SHARE = 0.10
@@ -42,7 +43,8 @@ class PeerRow:
 class Report:
     """One benchmark: raw samples, the machine, the engine, and optional rows of other engines.
 
-    `other_cpu` is the share (0..1) of the machine's CPU time that other processes took meanwhile.
+    `other_cpu` is the share (0..1) of the machine's CPU time that other processes took meanwhile. `ledger`: the lines
+    of the plan beside what all cases together took.
     """
 
     cases: Sequence[CaseResult]
@@ -51,6 +53,7 @@ class Report:
     seed: int = 0
     other_cpu: float | None = None
     peers: Sequence[PeerRow] = ()
+    ledger: Sequence[Compared] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def run_bench(
     results = measure_cases(engine, cases, repeat=repeat, seed=seed, clock=clock, progress=progress)
     after, machine = read_cpu_clock(), describe_machine()
     other = other_cpu_share(before, after, machine.logical_cores)
-    return Report(results, machine, engine.describe(), seed, other, tuple(peers))
+    return Report(results, machine, engine.describe(), seed, other, tuple(peers), tuple(engine.ledger()))
 
 
 def execution(report: Report) -> str:
@@ -171,7 +174,8 @@ def from_dict(values: dict[str, Any], source: str = "report") -> Report:
         machine = {name.name: values["machine"][name.name] for name in fields(Machine)}
         machine["instruction_sets"] = tuple(machine["instruction_sets"])
         peers = tuple(PeerRow(**peer) for peer in values["peers"])
-        return Report(cases, Machine(**machine), values["engine"], values["seed"], values["other_cpu"], peers)
+        ledger = tuple(Compared(**row) for row in values.get("ledger", ()))  # older reports have none
+        return Report(cases, Machine(**machine), values["engine"], values["seed"], values["other_cpu"], peers, ledger)
     except KeyError as error:
         raise EdgeError(f"{source} is damaged: field {error} is missing.") from error
     except (TypeError, ValueError, AttributeError) as error:

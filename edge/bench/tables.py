@@ -13,8 +13,11 @@ from rich.text import Text
 from edge.bench.machine import Machine
 from edge.bench.measure import PERCENTILES, CaseResult, Summary
 from edge.bench.report import Report, compare_peers, execution, notes
+from edge.memory.ledger import MEMORY
+from edge.memory.measured import Compared, totals
 
 NONE = "-"
+LEDGER_HEADINGS = ("Memory", "Planned", "Measured", "Difference")
 PEER_HEADINGS = ("Engine", "Context", "Prefill tok/s", "ours / it", "Decode tok/s", "ours / it")
 
 
@@ -48,6 +51,28 @@ def format_spread(summary: Summary | None) -> str:
     if summary is None or summary.interval is None:
         return ""
     return f"{format_number(summary.low)} to {format_number(summary.high)}"
+
+
+def format_difference(row: Compared) -> str:
+    """What was measured beyond the plan, in percent of it; empty where there is nothing to compare."""
+    if row.difference is None or not row.planned:
+        return NONE
+    return f"{100 * row.difference / row.planned:+.1f} %".replace("-0.0", "0.0").replace("+0.0", "0.0")
+
+
+def ledger_cells(report: Report) -> list[list[str]]:
+    """Line, planned, measured and difference; the last row is the total of what the budget is for."""
+    if not report.ledger:
+        return []
+    return [
+        [
+            row.name if row.where == MEMORY else f"{row.name} ({row.where})",
+            format_bytes(row.planned),
+            format_bytes(row.measured),
+            format_difference(row),
+        ]
+        for row in (*report.ledger, totals(report.ledger))
+    ]
 
 
 def format_ratio(ratio: float | None) -> str:
@@ -92,7 +117,10 @@ def terminal(report: Report) -> RenderableType:
     if any(len(result.repetitions) > 1 for result in report.cases):
         parts.append(Text("Medians; below them the slowest to the fastest repetition.", style="dim"))
     if report.peers:
-        parts += [Text(), _peer_table(report)]
+        parts += [Text(), _named_table(PEER_HEADINGS, _peer_cells(report))]
+    if report.ledger:
+        parts += [Text(), _named_table(LEDGER_HEADINGS, ledger_cells(report))]
+        parts.append(Text("Process and headroom are bounds; the total leaves out what is elsewhere.", style="dim"))
     if found := notes(report):
         parts += [Text(), *(Text(f"Note: {note}") for note in found)]
     return Group(*parts)
@@ -113,6 +141,8 @@ def markdown(report: Report) -> str:
     ]
     if report.peers:
         lines += ["", *_markdown_table(PEER_HEADINGS, _peer_cells(report))]
+    if report.ledger:
+        lines += ["", *_markdown_table(LEDGER_HEADINGS, ledger_cells(report))]
     lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
     return "\n".join(lines) + "\n"
 
@@ -128,12 +158,13 @@ def _result_table(report: Report) -> Table:
     return table
 
 
-def _peer_table(report: Report) -> Table:
+def _named_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The first column is a name, the others are numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in PEER_HEADINGS:
-        is_name = heading == PEER_HEADINGS[0]
+    for heading in headings:
+        is_name = heading == headings[0]
         table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
-    for name, *cells in _peer_cells(report):
+    for name, *cells in rows:
         table.add_row(escape(name), *cells)
     return table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,12 @@ class Compared:
     def difference(self) -> int | None:
         """Bytes measured beyond those planned."""
         return None if self.measured is None else self.measured - self.planned
+
+
+def totals(rows: Sequence[Compared]) -> Compared:
+    """The lines that the budget is for, added up; measured: of those that are."""
+    counted = [row for row in rows if row.where == MEMORY]
+    return Compared("total", sum(row.planned for row in counted), sum(row.measured or 0 for row in counted))
 
 
 def compare(lines: Iterable[Line], measured: Mapping[str, int]) -> tuple[Compared, ...]:
