@@ -17,19 +17,19 @@ from statistics import median
 from typing import Annotated
 
 import typer
-from edge.bench.models import MINICPM4_05B
 from rich.console import Console
 from rich.table import Table
 
 from bench.checkpoints import write_safetensors
 from bench.decode_worker import MODES, WARM_UP, decode, fill_pools
-from bench.peers import prepare_bundle
+from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
 from edge.bundle import open_bundle
 from edge.executors.onnxruntime import OnnxRuntimeExecutor
 from edge.kv_cache import pages_for
+from edge.models import MINICPM4_05B
 
 MB = 1e6
 Case = tuple[int, str, str]  # context, dense or sparse, the cache's type

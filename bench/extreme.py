@@ -27,12 +27,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from edge.bench.models import MINICPM4_05B
 from rich.console import Console
 from rich.table import Table
 
 from bench.checkpoints import write_safetensors
-from bench.peers import prepare_bundle
+from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext
@@ -41,6 +40,7 @@ from edge.bundle import open_bundle
 from edge.kv_cache import pages_for
 from edge.memory.fit import make_plan
 from edge.memory.ledger import page_bytes
+from edge.models import MINICPM4_05B
 from edge.plan import EngineOptions
 
 SHARE = 8  # the dense cache over the memory for it

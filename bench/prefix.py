@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.checkpoints import write_safetensors
-from bench.peers import prepare_bundle
+from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
 from build_engine.long_context import LongContext

@@ -45,7 +45,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LENGTH = 900
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -100,6 +100,25 @@ def test_logits_are_those_of_a_cache_in_memory(
         counters.bytes_written
         >= (LENGTH // 64 - slots) * sum(page_bytes(engine.bundle.config, engine.bundle.manifest.types)) // 2
     )
+
+
+def test_a_session_moves_between_memory_and_disk(bundle: Path, tmp_path: Path) -> None:
+    """Its pages are the same bytes; and a page that two conversations share is copied before one writes into it."""
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    ids = ids_of(500)
+    replies = {}
+    for kind, folder in (("memory", None), ("disk", tmp_path)):
+        engine = engine_of(bundle, folder, MINIMUM_SLOTS)
+        session = engine.open_session()
+        first = [event.token_id for event in session.generate(ids, params)]
+        session.save(tmp_path / f"{kind}.session")
+        other = [event.token_id for event in engine.generate([*ids, 5, 6], params)]
+        replies[kind] = (first, other, [event.token_id for event in session.generate([*ids, *first, 7], params)])
+    assert replies["memory"] == replies["disk"]
+    for kind, folder in (("disk", None), ("memory", tmp_path)):
+        session = engine_of(bundle, folder, MINIMUM_SLOTS).restore_session(tmp_path / f"{kind}.session")
+        again = [*ids, *replies[kind][0], 7]
+        assert [event.token_id for event in session.generate(again, params)] == replies[kind][2]
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
