@@ -217,26 +217,47 @@ class TensorRTExecutor:
                 self._staging.put(name, values)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Queue the copies, pool by pool, before all later steps; see edge/executor.py."""
-        for source, target in pairs:
-            for pool in self._kv.values():
-                self._stream.copy(pool.row(target), pool.row(source))
+        """Copy pool by pool, before all later steps; see edge/executor.py."""
+        if self.offload is not None:
+            self.offload.save([source for source, _ in pairs])
+            self.offload.drop([target for _, target in pairs])
+        for pool in self._kv.values():
+            home = self._home(pool)
+            for source, target in pairs:
+                if home is None:
+                    self._stream.copy(pool.row(target), pool.row(source))
+                else:
+                    home[target] = home[source]
 
     def save_pages(self, pages: Sequence[int]) -> np.ndarray:
         """The pages' bytes, pool after pool; see edge/executor.py."""
+        if self.offload is not None:
+            self.offload.save(pages)
         data = np.empty((len(pages), self.page_bytes), np.uint8)
         for row, page in zip(data, pages, strict=True):
             for part, pool in self._parts(row):
-                self._stream.download(part, pool.row(page))
+                if (home := self._home(pool)) is None:
+                    self._stream.download(part, pool.row(page))
+                else:
+                    part[:] = home[page].reshape(-1).view(np.uint8)
         self._stream.synchronize()
         return data
 
     def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
         """Fill pages with saved bytes; see edge/executor.py."""
+        if self.offload is not None:
+            self.offload.drop(pages)
         for row, page in zip(data, pages, strict=True):
             for part, pool in self._parts(row):
-                self._stream.upload(pool.row(page), part)
+                if (home := self._home(pool)) is None:
+                    self._stream.upload(pool.row(page), part)
+                else:
+                    home[page].reshape(-1).view(np.uint8)[:] = part
         self._stream.synchronize()
+
+    def _home(self, pool: DeviceArray) -> np.ndarray | None:
+        """Where the host has all pages of a pool, [pages, ...]; None if they are on the device."""
+        return None if self.offload is None else self.offload.homes.get(pool.address)
 
     def _parts(self, row: np.ndarray) -> Iterator[tuple[np.ndarray, DeviceArray]]:
         """A saved page's bytes pool by pool."""
