@@ -1,13 +1,15 @@
 """What is done with whole pages while most of them are in host memory: copies, saved and restored sessions, eviction.
 
-On the emulated driver, which runs queued work when something waits for it and no earlier (tests/test_device_offload.py).
+On the emulated driver, which runs queued work when something waits for it, no earlier (tests/test_device_offload.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from edge.bundle import Bundle
 from edge.cuda import DeviceArray, Event, pinned
 from edge.engine import Engine, Session
-from edge.page_cache import NO_SLOT
+from edge.executors.offload import DeviceOffload
+from edge.page_cache import NO_SLOT, Move
 from plugins import PAGE_TOKENS
 from plugins.simt.driver.library import EmulatedDriver
 from tests.device_engine import kernels_of, open_on_device
@@ -114,6 +117,26 @@ def test_a_saved_session_is_restored_wherever_its_pages_are(
     assert turn(restored, again) == turn(session, again)
 
 
+def test_ctrl_c_between_a_decision_and_its_copies_waits_for_them(
+    bundle: Bundle, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = turn(open_roomy(bundle).open_session(), prompt(450))
+    engine, saves, copy = open_offloaded(bundle), list[Move](), DeviceOffload._copy
+
+    def interrupted(offload: DeviceOffload, layer: Any, moves: Sequence[Move]) -> None:
+        if not saves and any(move.evicted is not None for move in moves):
+            saves.extend(moves)
+            signal.raise_signal(signal.SIGINT)
+        copy(offload, layer, moves)
+
+    monkeypatch.setattr(DeviceOffload, "_copy", interrupted)
+    session = engine.open_session()
+    with pytest.raises(KeyboardInterrupt):
+        turn(session, prompt(450))
+    assert 0 < session._sequence.computed < 450
+    assert turn(session, prompt(450)) == expected
+
+
 class PagesMachine(RuleBasedStateMachine):
     """Steps and whole-page operations of one executor beside what each page must hold: values of one kind a page.
 
@@ -154,7 +177,7 @@ class PagesMachine(RuleBasedStateMachine):
         table = np.array([[before, page]], np.int32)
         self.offload.begin(np.array([64 if begins else 70], np.int32), np.array([0, 1], np.int32), table)
         start = 0
-        for name, pool in self.executor._kv.items():
+        for pool in self.executor._kv.values():
             half = pool.row(0).nbytes // 2
             at = start + (0 if begins else half)
             if begins:

@@ -23,6 +23,7 @@ from edge.executor import DrawParams, StepBatch, StepResult
 from edge.executors.offload import DeviceOffload, OffloadSizes, table_values
 from edge.executors.staging import Layout, Staging, layout_bytes
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
+from edge.interrupts import deferred_interrupts
 from edge.kv_cache import COMPRESSED_POOLS, pool_shapes
 from edge.memory.attended import token_pages
 from plugins import PAGE_TOKENS
@@ -107,6 +108,7 @@ class TensorRTExecutor:
             context.set_shape(name, array.shape)
         return context
 
+    @deferred_interrupts()
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
         is_decode = len(batch.input_ids) == len(batch.page_table) == len(batch.logits_rows)
@@ -126,6 +128,7 @@ class TensorRTExecutor:
             parts.append(logits.copy())  # the next step overwrites it
         return StepResult(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
+    @deferred_interrupts()
     def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
         """Run `count` decode steps on the device; see edge/executor.py."""
         sequences, way = len(batch.page_table), self._way(params)
@@ -216,6 +219,7 @@ class TensorRTExecutor:
             if (values := getattr(params, name)) is not None:
                 self._staging.put(name, values)
 
+    @deferred_interrupts()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pool by pool, before all later steps; see edge/executor.py."""
         if self.offload is not None:
@@ -229,6 +233,7 @@ class TensorRTExecutor:
                 else:
                     home[target] = home[source]
 
+    @deferred_interrupts()
     def save_pages(self, pages: Sequence[int]) -> np.ndarray:
         """The pages' bytes, pool after pool; see edge/executor.py."""
         if self.offload is not None:
@@ -243,6 +248,7 @@ class TensorRTExecutor:
         self._stream.synchronize()
         return data
 
+    @deferred_interrupts()
     def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
         """Fill pages with saved bytes; see edge/executor.py."""
         if self.offload is not None:
