@@ -150,3 +150,24 @@ def test_a_burst_takes_no_more_pages_than_there_are(tiny_bundle: Path) -> None:
     assert [event.token_id for event in session.generate(prompt(60), replace(GREEDY, max_tokens=20))] == whole
     session.close()
     assert engine.cache.free_pages == engine.cache.num_pages
+
+
+def test_a_session_saved_inside_a_burst_has_what_was_taken_of_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Nothing of the rest is saved, published or found, neither by the session nor by others."""
+    engine, cold = (
+        open_engine(tiny_bundle, EngineOptions(context=640, chunk=16, prefix_cache=on)) for on in (True, False)
+    )
+    Decoding(engine, 16)
+    session, ids = engine.open_session(), prompt(120)
+    replies = session.generate(ids, replace(GREEDY, max_tokens=17))
+    taken = [next(replies).token_id for _ in range(5)]
+    assert session._sequence.computed == 124 and len(engine.cache.pages(session._sequence.cache_id)) == 3
+    session.save(tmp_path / "session")
+    restored = engine.restore_session(tmp_path / "session")
+    again = [*ids, *taken, 11, 12, 13, 14]
+    expected = reply(cold, again)
+    assert [event.token_id for event in restored.generate(again, GREEDY)] == expected
+    assert [event.token_id for event in session.generate(again, GREEDY)] == expected
+    assert reply(engine, again) == expected
+    with pytest.raises(RuntimeError, match="ended by a later one"):
+        next(replies)

@@ -19,7 +19,7 @@ from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.selftest_model import CONFIG, selftest_checkpoint
 from edge.bundle import Bundle
-from edge.cuda import open_device
+from edge.cuda import Kernels, open_device
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError, UsageError
 from edge.executor import DrawParams
@@ -31,6 +31,7 @@ from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
 from edge.selftest.model import golden, is_selftest_model, run_golden
 from edge.tensorrt import Flavour
+from plugins.launch import Launch
 from plugins.sampling.meaning import SamplingInputs, sample
 from plugins.simt.driver.library import EmulatedDriver
 from tests.device_engine import OPTIONS, device_bundle, engine_file, kernels_of, open_on_device
@@ -179,6 +180,24 @@ def test_a_saved_session_is_restored_to_the_byte(engine: Engine, tmp_path: Path)
     np.testing.assert_array_equal(saved[0], saved[1])
     again = [*ids, *answer, *prompt(10, seed=1)]
     assert [event.token_id for event in restored.generate(again, GREEDY)] == reply(open_copy(engine), again)
+
+
+def test_a_step_that_fails_leaves_nothing_queued(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of it was queued would read the inputs of the next step, and write to its pages."""
+    session, ids = engine.open_session(), prompt(100)
+    again = [*ids, *(event.token_id for event in session.generate(ids, GREEDY)), *prompt(10, seed=1)]
+    launch, launched = Kernels.launch, []
+
+    def fail_once(kernels: Kernels, one: Launch, arguments: bytes, stream: int) -> None:
+        launched.append(one)
+        if len(launched) == 12:
+            raise EdgeError("the twelfth launch fails")
+        launch(kernels, one, arguments, stream)
+
+    monkeypatch.setattr(Kernels, "launch", fail_once)
+    with pytest.raises(EdgeError, match="the twelfth launch fails"):
+        reply(engine, prompt(60, seed=3))
+    assert [event.token_id for event in session.generate(again, GREEDY)] == reply(open_copy(engine), again)
 
 
 # Batches and draws

@@ -9,14 +9,15 @@ on the host (offload.py) nothing is captured: every layer asks the host for the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edge.bundle import Bundle
 from edge.config import ModelConfig, SparseConfig
-from edge.cuda import DeviceArray, Graph, Kernels, Pool, Stream, pinned
+from edge.cuda import CudaError, DeviceArray, Graph, Kernels, Pool, Stream, pinned
 from edge.errors import EdgeError
 from edge.executor import DrawParams, StepBatch, StepResult
 from edge.executors.offload import DeviceOffload, OffloadSizes, staging_bytes, table_values
@@ -107,9 +108,23 @@ class TensorRTExecutor:
             context.set_shape(name, array.shape)
         return context
 
-    @deferred_interrupts()
+    @contextmanager
+    def _as_a_whole(self) -> Generator[None, None, None]:
+        """Done or failed, nothing is queued afterwards: it would read the inputs of the next step."""
+        with deferred_interrupts():
+            try:
+                yield
+            except BaseException:
+                with suppress(CudaError):  # what failed is the better reason
+                    self._stream.synchronize()
+                raise
+
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
+        with self._as_a_whole():
+            return self._step(batch)
+
+    def _step(self, batch: StepBatch) -> StepResult:
         is_decode = len(batch.input_ids) == len(batch.page_table) == len(batch.logits_rows)
         context = self._decode if is_decode else self._prefill
         parts, most = [], self._sizes.rows
@@ -127,12 +142,16 @@ class TensorRTExecutor:
             parts.append(logits.copy())  # the next step overwrites it
         return StepResult(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
-    @deferred_interrupts()
     def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
         """Run `count` decode steps on the device; see edge/executor.py."""
-        sequences, way = len(batch.page_table), self._way(params)
+        way = self._way(params)
         if not 0 < count <= BURST:
             raise ValueError(f"a burst of {count} steps; 1 to {BURST} are possible")
+        with self._as_a_whole():
+            return self._burst(batch, params, count, way)
+
+    def _burst(self, batch: StepBatch, params: DrawParams, count: int, way: str) -> np.ndarray:
+        sequences = len(batch.page_table)
         table = self._stage(self._decode, batch)
         self._stage_params(params)
         self._staging.upload(self._stream)
