@@ -28,7 +28,10 @@ def generate_all(engine: Engine) -> int:
 
 def main() -> None:
     """Run, and print the engine's lines and what the process had at most."""
-    engine = open_engine(Path(sys.argv[1]), EngineOptions(**json.loads(sys.argv[2])))
+    options = json.loads(sys.argv[2])
+    if "offload" in options:
+        options["offload"] = Path(options["offload"])
+    engine = open_engine(Path(sys.argv[1]), EngineOptions(**options))
     replied = generate_all(engine)
     rows = engine.plan.run.rows
     engine.logits(list(range(5, 5 + rows)), last=rows)

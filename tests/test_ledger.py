@@ -16,11 +16,12 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from build_engine.ternary import recover
-from edge.bundle import GRAPH
+from edge.bundle import GRAPH, open_bundle
 from edge.config import SparseConfig
 from edge.cuda import open_device
 from edge.engine import Engine
 from edge.executors.tensorrt_open import open_executor
+from edge.memory.fit import make_plan
 from edge.memory.ledger import Line
 from edge.memory.measured import Compared, compare, resident_bytes
 from edge.plan import EngineOptions
@@ -100,6 +101,22 @@ def test_a_cpu_run_takes_what_was_planned(
     rows = [Compared(**row) for row in result["lines"]]
     assert {"weights", "weights, mapped", "kv cache", "activations", "attention", "logits"} < {r.name for r in rows}
     assert result["context"] == options["context"] and result["replied"] == 3
+    check(rows)
+
+
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+def test_a_cpu_run_with_pages_on_disk_takes_what_was_planned(
+    sparse: SparseConfig | None, kv: str, tmp_path: Path
+) -> None:
+    bundle = export(tmp_path, SYMMETRIC, kv, sparse=sparse)
+    options = {"context": 4096, "chunk": 128}
+    plan = make_plan(open_bundle(bundle), EngineOptions(**options, threads=2))
+    offload = {"memory": plan.total - plan.bytes("kv cache") // 4, "offload": str(tmp_path)}
+    rows = [Compared(**row) for row in run(bundle, {**options, **offload})["lines"]]
+    planned = {row.name: row for row in rows}
+    assert planned["offloaded kv"].where == "disk"
+    assert planned["kv cache"].planned < planned["offloaded kv"].planned
     check(rows)
 
 

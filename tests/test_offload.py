@@ -321,7 +321,7 @@ def test_a_page_that_cannot_be_written_ends_the_request_that_needs_it(
 def test_no_room_for_the_file_is_refused_with_numbers(one_bundle: Path, tmp_path: Path, file_limit: None) -> None:
     dense = make_bundle(tmp_path / "dense", "float32", sparse=None)
     with pytest.raises(EdgeError, match=r"takes \d+MiB on disk and .* has \d+MiB free; free some, .*smaller --context"):
-        open_engine(dense, EngineOptions(context=2**31 - 1, memory=1 << 34, offload=tmp_path))
+        open_engine(dense, EngineOptions(context=2**30, memory=3 << 29, offload=tmp_path))
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     with pytest.raises(EdgeError, match=r"\d+MiB of the KV cache cannot be had in .* \(File too large\); raise the"):
         engine_of(one_bundle, tmp_path, MINIMUM_SLOTS)

@@ -74,6 +74,7 @@ class OnnxRuntimeExecutor:
         self._threads = threads
         self._offload = offload
         self._page_file: PageFile | None = None
+        self._offloaded = 0  # bytes of that file
         self.stores: list[PageStore] = []  # of the layers, if there is an offload
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -146,7 +147,8 @@ class OnnxRuntimeExecutor:
         pools = [pool for pool in self._pools if len(pool.shape()) == 5]
         parts = [[PoolPart(pool.data_ptr(), planes, slice_bytes)] for pool in pools]
         layer_bytes = self.num_pages * heads * unit_bytes(parts[0])
-        file = open_page_file(offload.folder, len(parts) * layer_bytes, slice_bytes)
+        self._offloaded = len(parts) * layer_bytes
+        file = open_page_file(offload.folder, self._offloaded, slice_bytes)
         self._page_file = file
         # Before the pools are gone, at the latest when the process ends.
         weakref.finalize(self, file.close)
@@ -188,15 +190,20 @@ class OnnxRuntimeExecutor:
 
     def memory(self) -> dict[str, int]:
         """See edge/executor.py. Of regions and attention it is the most there were, of all else what there is."""
-        pools = dict.fromkeys(("kv cache", "compressed keys"), 0)
+        pools = dict.fromkeys(("kv cache", "compressed keys", "scales"), 0)
+        slots = None if self._offload is None else self._offload.resident_pages
         for name, values in zip(self._names, self._values, strict=True):
-            pools["compressed keys" if name in COMPRESSED_POOLS else "kv cache"] += values.nbytes
+            here = (values[:slots] if name == "kv_scales" else values).nbytes
+            pools["compressed keys" if name in COMPRESSED_POOLS else "kv cache"] += here
+            pools["scales"] += values.nbytes - here
         own = {"logits": self._logits.nbytes + self._most_rows * self._logits.itemsize * self._logits.shape[1]}
         if self._memory is not None:
             own |= {"weights": self._memory.taken(WEIGHTS).peak, "activations": self._memory.taken(STEP).peak}
         if (attention := attention_peak()) is not None:
             own["attention"] = attention
         measured = {name: size for name, size in pools.items() if size} | own
+        if self._offloaded:
+            measured["offloaded kv"] = self._offloaded
         if (mapped := mapped_bytes(self._weights_file)) is not None:
             measured["weights, mapped"] = mapped
         if (anonymous := anonymous_bytes()) is not None and self._memory is not None:
