@@ -14,7 +14,8 @@ from edge.bundle import Bundle, open_bundle
 from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
 from edge.executor import DecodingExecutor, Executor
-from edge.kv_cache import KVCache
+from edge.interrupts import deferred_interrupts
+from edge.kv_cache import KVCache, NoPagesError
 from edge.memory.fit import make_plan
 from edge.memory.ledger import headroom
 from edge.memory.measured import Compared, compare
@@ -24,6 +25,7 @@ from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
 from edge.session_file import CacheIdentity, restore_sequence, save_sequence
+from plugins import PAGE_TOKENS
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
@@ -138,6 +140,7 @@ class Engine:
         finally:
             session.close()
 
+    @deferred_interrupts()
     def reuse(self, sequence: ScheduledSequence, prompt_ids: Sequence[int]) -> None:
         """Give a sequence a new prompt, keeping what it or the prefix cache has computed of it as a cold run would.
 
@@ -154,6 +157,7 @@ class Engine:
             if sequence.computed > kept:
                 sequence.runs = [(0, mode)]
 
+    @deferred_interrupts()
     def _count(self, sequence: ScheduledSequence, count: int, length: int) -> None:
         """Note that the next `count` tokens are computed, with switch_length `length`, and publish full pages."""
         record(sequence.runs, sequence.computed, self._modes.of(length))
@@ -219,14 +223,22 @@ class Engine:
         yield draw.first(self.advance(sequence, progress), sequence.tokens)
         left = limit - 1
         while left:
-            count = min(executor.burst, left)
-            self.cache.reserve(sequence.cache_id, len(sequence.tokens) + count - 1, sequence.computed)
+            count = self._burst(sequence, min(executor.burst, left))
             step = self._scheduler.next_step([sequence])
             assert step is not None and step.counts == (1,)
             for token in executor.decode(step.batch, draw.params(sequence.tokens), count)[:, 0]:
                 self._count(sequence, 1, max(sequence.prompt_length, sequence.computed + 1))
                 yield check_drawn(int(token))
             left -= count
+
+    def _burst(self, sequence: ScheduledSequence, most: int) -> int:
+        """How many tokens to decode at once: `most`, or what the sequence's pages hold if there are no others."""
+        try:
+            self.cache.reserve(sequence.cache_id, sequence.computed + most, sequence.computed)
+        except NoPagesError:
+            room = len(self.cache.pages(sequence.cache_id)) * PAGE_TOKENS - sequence.computed
+            return max(1, min(most, room))
+        return most
 
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray:
         """Logits [last, vocab] after each of the last `last` tokens of one sequence, teacher-forced."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from edge.config import ModelConfig
 from edge.errors import EdgeError
+from edge.interrupts import deferred_interrupts
 from edge.published import PublishedPage, PublishedPages, pack_ids
 from plugins import PAGE_TOKENS
 
@@ -114,6 +115,7 @@ class KVCache:
         self._sequences[self._next_id] = _Held()
         return self._next_id
 
+    @deferred_interrupts()
     def fork(self, sequence: int) -> int:
         """A new sequence with the same contents: it shares every page."""
         held, fork = self._sequences[sequence], self.open()
@@ -126,6 +128,7 @@ class KVCache:
         """The sequence's pages in token order."""
         return tuple(self._sequences[sequence].pages)
 
+    @deferred_interrupts()
     def reserve(self, sequence: int, tokens: int, written_from: int = 0) -> None:
         """Make room for the first `tokens` tokens of the sequence, and let those from `written_from` on be written.
 
@@ -161,6 +164,7 @@ class KVCache:
         held.published = min(held.published, written.start)
         held.pages.extend(taken[len(copied) :])
 
+    @deferred_interrupts()
     def truncate(self, sequence: int, tokens: int) -> None:
         """Forget all but the first `tokens` tokens; whole pages past them are given back."""
         held = self._sequences[sequence]
@@ -170,11 +174,13 @@ class KVCache:
         held.published = min(held.published, keep)
         self._release(released[::-1])
 
+    @deferred_interrupts()
     def close(self, sequence: int) -> None:
         """Give the sequence's pages back; the sequence is gone. Those that are published stay cached."""
         self.truncate(sequence, 0)
         del self._sequences[sequence]
 
+    @deferred_interrupts()
     def publish(self, sequence: int, tokens: Sequence[int], computed: int, salt: Callable[[int], bytes | None]) -> None:
         """Let others find the complete pages of a sequence of these tokens, of which the first `computed` are there.
 
@@ -196,6 +202,7 @@ class KVCache:
                     return
             held.published = index + 1
 
+    @deferred_interrupts()
     def adopt(self, sequence: int, tokens: Sequence[int], salt: Callable[[int], bytes], kept: int = 0) -> int:
         """Begin the sequence with the longest published prefix of `tokens`, if it is longer than the `kept` first ones.
 

@@ -107,6 +107,20 @@ class PageCache:
         """Pages in slots whose values differ from the host's from now on."""
         self._dirty.update(pages)
 
+    def flush(self, pages: Iterable[int]) -> list[tuple[int, int]]:
+        """(page, slot) of those of `pages` that are to be saved now; each stays in its slot."""
+        dirty = [page for page in dict.fromkeys(pages) if page in self._dirty]
+        self._dirty.difference_update(dirty)
+        self._counts["saved"] += len(dirty)
+        return [(page, int(self.slot_of[page])) for page in dirty]
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Free these pages' slots without saving: the host gives them other values."""
+        for page in dict.fromkeys(pages):
+            if page in self._used:
+                self._free_slot(page)
+                self._dirty.discard(page)
+
     def _bring(self, missing: list[int], leaving: deque[int], fresh: Collection[int] = ()) -> list[Move]:
         """Give `missing` the free slots, then those of `leaving`."""
         moves = []
@@ -125,15 +139,18 @@ class PageCache:
 
     def _evict(self, page: int) -> int | None:
         """Free a page's slot. -> the page, if it is to be saved."""
-        del self._used[page]
-        self._ahead.discard(page)
-        self._free.append(int(self.slot_of[page]))
-        self.slot_of[page] = NO_SLOT
+        self._free_slot(page)
         if page not in self._dirty:
             return None
         self._dirty.remove(page)
         self._counts["saved"] += 1
         return page
+
+    def _free_slot(self, page: int) -> None:
+        del self._used[page]
+        self._ahead.discard(page)
+        self._free.append(int(self.slot_of[page]))
+        self.slot_of[page] = NO_SLOT
 
 
 def split_rows(needs: np.ndarray, room: int) -> Iterator[range]:

@@ -132,3 +132,21 @@ def test_the_first_token_is_the_host_samplers_when_greedy(data: st.DataObject) -
         bits = np.unpackbits(seen.view(np.uint8), bitorder="little")[:size]
         assert set(np.flatnonzero(bits)) == set(tokens)
         assert apply_repetition_penalty(logits, np.unique(tokens), penalty).shape == logits.shape
+
+
+def test_a_burst_takes_no_more_pages_than_there_are(tiny_bundle: Path) -> None:
+    """Another conversation holds the pages of its later tokens: the reply goes on as far as its own pages reach."""
+    engine = open_engine(tiny_bundle, EngineOptions(context=192, chunk=16))
+    whole = reply(engine, prompt(60), replace(GREEDY, max_tokens=20))
+    other = engine.open_session()
+    list(other.generate(prompt(100, 1), GREEDY))
+    Decoding(engine, 16)
+    session, tokens = engine.open_session(), list[int]()
+    with pytest.raises(EdgeError, match="65 tokens need 1 more KV pages of 64 tokens and 0 are free"):
+        for event in session.generate(prompt(60), replace(GREEDY, max_tokens=20)):
+            tokens.append(event.token_id)
+    assert tokens == whole[:5]
+    other.close()
+    assert [event.token_id for event in session.generate(prompt(60), replace(GREEDY, max_tokens=20))] == whole
+    session.close()
+    assert engine.cache.free_pages == engine.cache.num_pages

@@ -97,6 +97,30 @@ class PageCacheMachine(RuleBasedStateMachine):
         self.pinned = set(pages)
         self.cache.pin(pages)
 
+    @rule(pages=some_pages)
+    def flush(self, pages: list[int]) -> None:
+        dirty = [page for page in pages if self.newest[page] != self.host[page]]
+        saved = self.cache.flush(pages)
+        assert [page for page, _ in saved] == dirty
+        for page, slot in saved:
+            there = self.slots[slot]
+            assert there is not None and there[0] == page
+            self.host[page] = there[1]
+        self.counts += PageCounts(saved=len(saved))
+
+    @rule(pages=some_pages)
+    def drop(self, pages: list[int]) -> None:
+        """The host's values become the newest."""
+        before = self.cache.slot_of.copy()
+        self.cache.drop(pages)
+        for page in pages:
+            self.newest[page] += 1
+            self.host[page] = self.newest[page]
+            if page in self.recent:
+                self.slots[before[page]] = None
+                self.recent.remove(page)
+                self.ahead.discard(page)
+
     @precondition(lambda self: self.recent)
     @rule(data=st.data())
     def write_one(self, data: st.DataObject) -> None:

@@ -107,6 +107,10 @@ class DeviceOffload:
             for layer, slots in enumerate(pools)
         ]
         self._by_address = {slots[0].address: layer for layer, slots in enumerate(pools)}
+        # By a pool's address: the place of all its pages, [pages, ...], which `save` and `drop` make fit to touch.
+        self.homes = {
+            slots.address: home for layer in self._layers for slots, home in zip(layer.slots, layer.homes, strict=True)
+        }
         self._tables = pool.take((table_values(sizes.sequences, sizes.table_width),), _INT32)
         self._staged = [(pinned(self._tables.shape, _INT32), Event()) for _ in range(_TABLES)]
         self._blocks = pinned((sizes.tokens * kv_heads * sparse.selected_blocks,), _INT32)
@@ -180,6 +184,22 @@ class DeviceOffload:
         index = self._by_address[pool] + 1
         if index < len(self._layers):
             self._prefetch(self._layers[index])
+
+    def save(self, pages: Sequence[int]) -> None:
+        """Have the newest values of these pages in their homes; waits."""
+        for layer in self._layers:
+            if dirty := layer.cache.flush(pages):
+                self._copies.wait(layer.released)
+            for page, slot in dirty:
+                for slots, home in zip(layer.slots, layer.homes, strict=True):
+                    self._copies.download(home[page], slots.row(slot))
+        self._copies.synchronize()
+
+    def drop(self, pages: Sequence[int]) -> None:
+        """Forget what the slots have of these pages, and let their homes be written; waits for copies under way."""
+        for layer in self._layers:
+            layer.cache.drop(pages)
+        self._copies.synchronize()
 
     def _layer(self, pool: int) -> _Layer:
         return self._layers[self._by_address[pool]]

@@ -22,6 +22,7 @@ from edge.executor import DrawParams, StepBatch, StepResult
 from edge.executors.offload import DeviceOffload, OffloadSizes, staging_bytes, table_values
 from edge.executors.staging import Layout, Staging, layout_bytes
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
+from edge.interrupts import deferred_interrupts
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.attended import token_pages
 from plugins import PAGE_TOKENS
@@ -106,6 +107,7 @@ class TensorRTExecutor:
             context.set_shape(name, array.shape)
         return context
 
+    @deferred_interrupts()
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
         is_decode = len(batch.input_ids) == len(batch.page_table) == len(batch.logits_rows)
@@ -125,6 +127,7 @@ class TensorRTExecutor:
             parts.append(logits.copy())  # the next step overwrites it
         return StepResult(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
+    @deferred_interrupts()
     def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
         """Run `count` decode steps on the device; see edge/executor.py."""
         sequences, way = len(batch.page_table), self._way(params)
@@ -215,27 +218,51 @@ class TensorRTExecutor:
             if (values := getattr(params, name)) is not None:
                 self._staging.put(name, values)
 
+    @deferred_interrupts()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Queue the copies, pool by pool, before all later steps; see edge/executor.py."""
-        for source, target in pairs:
-            for pool in self._kv.values():
-                self._stream.copy(pool.row(target), pool.row(source))
+        """Copy pool by pool, before all later steps; see edge/executor.py."""
+        if self.offload is not None:
+            self.offload.save([source for source, _ in pairs])
+            self.offload.drop([target for _, target in pairs])
+        for pool in self._kv.values():
+            home = self._home(pool)
+            for source, target in pairs:
+                if home is None:
+                    self._stream.copy(pool.row(target), pool.row(source))
+                else:
+                    home[target] = home[source]
 
+    @deferred_interrupts()
     def save_pages(self, pages: Sequence[int]) -> np.ndarray:
         """The pages' bytes, pool after pool; see edge/executor.py."""
+        if self.offload is not None:
+            self.offload.save(pages)
         data = np.empty((len(pages), self.page_bytes), np.uint8)
         for row, page in zip(data, pages, strict=True):
             for part, pool in self._parts(row):
-                self._stream.download(part, pool.row(page))
+                if (home := self._home(pool)) is None:
+                    self._stream.download(part, pool.row(page))
+                else:
+                    part[:] = home[page].reshape(-1).view(np.uint8)
         self._stream.synchronize()
         return data
 
+    @deferred_interrupts()
     def load_pages(self, pages: Sequence[int], data: np.ndarray) -> None:
         """Fill pages with saved bytes; see edge/executor.py."""
+        if self.offload is not None:
+            self.offload.drop(pages)
         for row, page in zip(data, pages, strict=True):
             for part, pool in self._parts(row):
-                self._stream.upload(pool.row(page), part)
+                if (home := self._home(pool)) is None:
+                    self._stream.upload(pool.row(page), part)
+                else:
+                    home[page].reshape(-1).view(np.uint8)[:] = part
         self._stream.synchronize()
+
+    def _home(self, pool: DeviceArray) -> np.ndarray | None:
+        """Where the host has all pages of a pool, [pages, ...]; None if they are on the device."""
+        return None if self.offload is None else self.offload.homes.get(pool.address)
 
     def _parts(self, row: np.ndarray) -> Iterator[tuple[np.ndarray, DeviceArray]]:
         """A saved page's bytes pool by pool."""
