@@ -28,7 +28,7 @@ from edge.memory.picture import render_svg
 from edge.memory.run import Run
 from edge.memory.weights import StoredWeights
 from edge.models import PUBLISHED, published
-from edge.plan import subject_of
+from edge.plan import EngineOptions, subject_of
 
 MIB = 1 << 20
 CPU_TARGET = "onnxruntime"
@@ -95,7 +95,9 @@ def plan(
     name, target, subject = _subject(model, target, wish)
     run = Run(context or subject.config.max_position_embeddings, batch, chunk, batch, threads or usable_cores())
     if target == CPU_TARGET:
-        run = replace(run, rows=max(16, batch))
+        from plugins.ort.library import multiplies_packed
+
+        run = replace(run, rows=max(EngineOptions.logits_rows, batch), packed=multiplies_packed())
     answer = _answer(name, target, subject, run, where, offload)
     if svg is not None:
         opt.check_output(svg)
