@@ -33,7 +33,7 @@ class Pools:
     def write(self, pages: Sequence[int], keys: np.ndarray, first: int) -> None:
         """Append `keys` [n, 2] at positions first.. of a sequence."""
         table, at = np.array(pages, int), np.arange(first, first + len(keys))
-        append(self.kv, keys[:, None], -keys[:, None], table, at)
+        append(self.kv, (keys[:, None], -keys[:, None]), table, at, None)
         compress(self.c1, self.kv, table, at, *FINE)
         compress(self.c2, self.kv, table, at, *COARSE)
 

@@ -109,7 +109,7 @@ def test_an_int8_cache_builds_as_its_function(attention: str, checkpoint: Checkp
     sparse = {"topk": 2, "window_size": 64, "dense_len": 128} if attention == "sparse" else {}
     options = ExportOptions("rtx", FORMATS["exact"], long_context=LongContext(attention, sparse), kv="int8")
     path = export_bundle(checkpoint, tmp_path / "bundle", options)
-    assert open_bundle(path).manifest.types == {"activation": "float16", "kv": "int8"}
+    assert open_bundle(path).manifest.types["kv"] == "int8"
     report = build_engine(path, replace(OPTIONS, compute_capabilities=("sm86",)))
     for profile in report.recipe.profiles:
         assert profile.shapes["kv_pool.1"][2][1:] == (2, 2, 64, 16)
