@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoints import write_safetensors
+from bench.checkpoints import write_safetensors_once
 from bench.decode_worker import MODES, WARM_UP, decode, fill_pools
 from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
@@ -37,9 +37,7 @@ Case = tuple[int, str, str]  # context, dense or sparse, the cache's type
 
 def open_executor(folder: Path, kv: str, tokens: int, threads: int) -> OnnxRuntimeExecutor:
     """The model with a cache of one type, filled, for a context of `tokens`."""
-    checkpoint = folder / "checkpoint"
-    if not (checkpoint / "config.json").exists():
-        write_safetensors(checkpoint, MINICPM4_05B)
+    checkpoint = write_safetensors_once(folder / "checkpoint", MINICPM4_05B)
     weights = WeightFormat("w4a16", 64, symmetric=True, head="int4")
     options = ExportOptions(weights=weights, long_context=LongContext("sparse"), kv=kv)
     bundle = open_bundle(prepare_bundle(checkpoint, folder / f"bundle-sparse-{kv}-int4-head", options), verify=False)

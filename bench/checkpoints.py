@@ -63,6 +63,11 @@ def write_safetensors(folder: Path, config: ModelConfig, *, ternary: bool = Fals
     return folder
 
 
+def write_safetensors_once(folder: Path, config: ModelConfig, *, ternary: bool = False) -> Path:
+    """`write_safetensors`, unless an earlier run has."""
+    return folder if (folder / "config.json").exists() else write_safetensors(folder, config, ternary=ternary)
+
+
 def _hf_config(c: ModelConfig) -> dict[str, object]:
     same = [field for field in vars(c) if field not in ("head_dim", "eos_token_ids", "long_rope", "sparse")]
     return {
@@ -139,8 +144,7 @@ def prepare(folder: Path, config: ModelConfig, *, ternary: bool = False) -> tupl
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / ("ternary" if ternary else "checkpoint")
     model = folder / ("tq2_0.gguf" if ternary else "q4_0.gguf")
-    if not (checkpoint / "config.json").exists():
-        write_safetensors(checkpoint, config, ternary=ternary)
+    write_safetensors_once(checkpoint, config, ternary=ternary)
     if not model.exists():
         write_gguf(model.with_suffix(".partial"), config, ternary=ternary).rename(model)
     return checkpoint, model

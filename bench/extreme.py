@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoints import write_safetensors
+from bench.checkpoints import write_safetensors_once
 from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
@@ -53,9 +53,7 @@ CASES = (("dense", True), ("sparse", True), ("dense", False), ("sparse", False))
 def bundles(folder: Path, layers: int) -> dict[str, Path]:
     """The shape's bundles with each attention, made once."""
     place = folder / f"extreme-{layers}-layers"
-    checkpoint = place / "checkpoint"
-    if not (checkpoint / "config.json").exists():
-        write_safetensors(checkpoint, replace(MINICPM4_05B, num_hidden_layers=layers))
+    checkpoint = write_safetensors_once(place / "checkpoint", replace(MINICPM4_05B, num_hidden_layers=layers))
     weights = WeightFormat("w4a16", 64, symmetric=True, head="int4")
     return {
         attention: prepare_bundle(

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoints import write_safetensors
+from bench.checkpoints import write_safetensors_once
 from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
@@ -65,11 +65,10 @@ class Case:
 def prepare(folder: Path, layers: int) -> Path:
     """The bundle of random weights in the 0.5B shape, made once: int4, sparse from 8192 tokens on, bfloat16 cache."""
     place = folder if layers == MINICPM4_05B.num_hidden_layers else folder / f"{layers}-layers"
-    if not (place / "checkpoint" / "config.json").exists():
-        write_safetensors(place / "checkpoint", replace(MINICPM4_05B, num_hidden_layers=layers))
+    checkpoint = write_safetensors_once(place / "checkpoint", replace(MINICPM4_05B, num_hidden_layers=layers))
     weights = WeightFormat("w4a16", 64, symmetric=True, head="int8")
     options = ExportOptions(weights=weights, long_context=LongContext("sparse"), kv="bfloat16")
-    return prepare_bundle(place / "checkpoint", place / "bundle-sparse-bfloat16-int8-head", options)
+    return prepare_bundle(checkpoint, place / "bundle-sparse-bfloat16-int8-head", options)
 
 
 def timed(
