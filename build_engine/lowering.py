@@ -115,6 +115,13 @@ def _fix_sparse_settings(graph: onnx.GraphProto, sparse: SparseConfig | None) ->
     graph.input.extend(kept)
 
 
+def table_type(source: LazyTensor, target: Target, weights: WeightFormat) -> np.dtype:
+    """What the embedding is stored as, unless as int8: 16 bits where the checkpoint, format or target has them."""
+    if target.tensorrt or (weights.kind != "exact" and source.dtype == np.float32):
+        return np.dtype(np.float16)
+    return source.dtype
+
+
 @dataclass
 class _Lowering:
     checkpoint: Checkpoint
@@ -131,7 +138,7 @@ class _Lowering:
         source = self.checkpoint.tensors[tensor.name]
         element_type = tensor.data_type
         if len(source.shape) == 2:
-            element_type = self._embedding_type(source)
+            element_type = helper.np_dtype_to_tensor_dtype(table_type(source, self.target, self.weights))
         dtype = helper.tensor_dtype_to_np_dtype(element_type)
         chunks = (convert(source.name, rows, dtype) for rows in row_chunks(source))
         self._stored[tensor.name] = element_type
@@ -150,11 +157,6 @@ class _Lowering:
 
         self._store(f"{tensor.name}.int8", TensorProto.INT8, list(source.shape), codes())
         self._store(f"{tensor.name}.scales", TensorProto.FLOAT, [source.shape[0], 1], scales)
-
-    def _embedding_type(self, source: LazyTensor) -> int:
-        if self.target.tensorrt or (self.weights.kind != "exact" and source.dtype == np.float32):
-            return TensorProto.FLOAT16
-        return helper.np_dtype_to_tensor_dtype(source.dtype)
 
     def linear(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """The nodes that compute one projection; their weights go to the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from edge.cli.plan import _answer, _subject, _Wish
 from edge.engine import open_engine
 from edge.errors import UsageError
-from edge.memory.advice import changes, largest
+from edge.memory.advice import changes, largest_of_each
 from edge.memory.devices import DEVICES, Device, find_device
 from edge.memory.ledger import Subject, cpu_ledger, total
 from edge.memory.run import Run
@@ -89,7 +90,7 @@ def test_what_fits_at_most_fits_and_more_does_not(
 ) -> None:
     _, _, subject = _subject(name, "onnxruntime", NO_WISH)
     run = Run(context, sequences, chunk, rows=16, threads=2)
-    most = largest(cpu_ledger, subject, run, budget)
+    most = largest_of_each(cpu_ledger, subject, run, budget)
 
     def fits(**changed: int) -> bool:
         return total(cpu_ledger(subject, Run(**{**vars(run), **changed}))) <= budget
@@ -127,6 +128,8 @@ def test_offload_leaves_what_a_token_needs() -> None:
     _, _, subject = _subject("MiniCPM4-8B", "onnxruntime", NO_WISH)
     answer = _answer("8B", "onnxruntime", subject, Run(1 << 17, rows=16, threads=2), device, offload=True)
     assert answer.fits and answer.run.resident is not None and 158 <= answer.run.resident < answer.run.pages
+    one_more = replace(answer.run, resident=answer.run.resident + 1)
+    assert total(cpu_ledger(subject, one_more)) > device.budget
     elsewhere = [line for line in answer.lines if line.is_elsewhere]
     assert [line.bytes for line in elsewhere] == [(1 << 17) * 32768]
 
@@ -148,6 +151,8 @@ def test_devices_are_found_by_part_of_a_name_and_ambiguity_is_refused() -> None:
         (("nothing",), "nothing is no file or folder and no model known by name; known are MiniCPM4-0.5B, "),
         (("MiniCPM4-8B", "--budget", "many"), "'many' is no size; write it as 4GiB"),
         (("MiniCPM4-8B", "--weights", "int3"), "unknown weight format 'int3'"),
+        (("MiniCPM4-8B", "--head", "int3"), "unknown head format 'int3'; choose exact, int8 or int4"),
+        (("MiniCPM4-8B", "--device", "4090", "--kv", "float32"), "stores keys and values as float16 or int8"),
         (("MiniCPM4-8B", "--kv", "fp8"), "unknown --kv 'fp8'"),
         (("MiniCPM4-0.5B", "--offload"), "dense attention reads every page for every token"),
         (("MiniCPM4-8B", "--device", "orin64", "--offload"), "shares its memory with the host"),

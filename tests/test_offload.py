@@ -358,6 +358,8 @@ def test_the_plan_fits_pages_beside_all_compressed_keys(one_bundle: Path, tmp_pa
     engine = open_engine(one_bundle, EngineOptions(context=65536, memory=memory, offload=tmp_path))
     assert sum(pool.numpy().nbytes for pool in executor_of(engine)._pools) == plan.kv
     assert plan.resident_pages is not None and plan.resident_pages < 512
+    values, _ = page_bytes(opened.config, opened.manifest.types)
+    assert plan.total + values > memory  # no further page fits
     with pytest.raises(EdgeError, match=r"a context of 65536 tokens needs \d+MiB"):
         make_plan(opened, EngineOptions(context=65536, memory=memory))
     with pytest.raises(EdgeError) as refusal:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -17,18 +18,21 @@ from edge.cli import options as opt
 from edge.cli.console import note, out, print_json
 from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError, UsageError
-from edge.kv_cache import KV_BYTES
 from edge.machine import usable_cores
-from edge.memory.advice import Change, Largest, Ledger, changes, largest
+from edge.memory.advice import Change, Largest, Ledger, changes, largest_of_each
 from edge.memory.attended import least_slots
 from edge.memory.device import device_ledger
 from edge.memory.devices import Device, find_device
+from edge.memory.fit import most_resident
 from edge.memory.ledger import Line, Subject, cpu_ledger, total
 from edge.memory.picture import render_svg
 from edge.memory.run import Run
 from edge.memory.weights import StoredWeights
 from edge.models import PUBLISHED, published
 from edge.plan import EngineOptions, subject_of
+
+if TYPE_CHECKING:
+    from build_engine.formats import WeightFormat
 
 MIB = 1 << 20
 CPU_TARGET = "onnxruntime"
@@ -111,6 +115,9 @@ def plan(
         raise EdgeError(_refusal(answer))
 
 
+_Exported = tuple[str, ModelConfig, StoredWeights, Mapping[str, str]]  # name, shape, weights, types
+
+
 @dataclass(frozen=True)
 class _Wish:
     """What the user says of a model that is no bundle yet."""
@@ -146,39 +153,50 @@ def _subject(model: str, target: str | None, wish: _Wish) -> tuple[str, str, Sub
         return bundle.manifest.name, bundle.manifest.target, subject_of(bundle)
     target = target or CPU_TARGET
     known = published(model)
-    if known is not None and not path.exists():
-        name, config = known
-        stored = _usual_weights(name, target, wish)
-    else:
-        name, config, stored = _of_checkpoint(path, target, wish)
-    kv = wish.kv or ("float16" if target != CPU_TARGET else "float32" if stored.kind == "exact" else "bfloat16")
-    types = {"activation": "float32" if target == CPU_TARGET else "float16", "kv": kv}
-    if kv not in KV_BYTES:
-        raise UsageError(f"unknown --kv {kv!r}; choose one of {', '.join(KV_BYTES)}")
+    name, config, stored, types = (_of_checkpoint if known is None or path.exists() else _of_name)(model, target, wish)
     return name, target, Subject(_attending(config, wish.attention), stored, types)
 
 
-def _usual_weights(name: str, target: str, wish: _Wish) -> StoredWeights:
+def _of_name(model: str, target: str, wish: _Wish) -> _Exported:
     """What `edge export` would make of a published checkpoint."""
+    from build_engine.formats import WeightFormat, make_target
+
+    known = published(model)
+    assert known is not None
+    name, config = known
     kind = wish.weights or ("ternary" if name.startswith("BitCPM") else "w4a16")
-    if kind not in ("exact", "fp16", "w4a16", "ternary"):
-        raise UsageError(f"unknown weight format {kind!r}; choose exact, fp16, w4a16 or ternary")
-    head = wish.head or ("exact" if kind in ("exact", "fp16") else "int8")
+    is_low_bit = kind in ("w4a16", "ternary")
+    weights = WeightFormat(
+        kind,
+        0 if kind == "ternary" else 64,
+        symmetric=True,
+        head=wish.head or ("int8" if is_low_bit else "exact"),
+        linear="packed" if is_low_bit and target != CPU_TARGET else "native",
+    )
     table = "bfloat16" if target == CPU_TARGET else "float16"
-    return StoredWeights(kind, 0 if kind == "ternary" else 64, True, head, 64, table)
+    return name, config, _stored(weights, table), make_target(target, weights, wish.kv).types.names
 
 
-def _of_checkpoint(path: Path, target: str, wish: _Wish) -> tuple[str, ModelConfig, StoredWeights]:
-    from build_engine.formats import choose_format
+def _of_checkpoint(model: str, target: str, wish: _Wish) -> _Exported:
+    """What `edge export` would make of a checkpoint that is here."""
+    from build_engine.formats import choose_format, make_target
+    from build_engine.lowering import EMBEDDING, table_type
     from edge.cli.export import best_kind, open_source
 
+    path = Path(model)
     if not path.exists():
         raise UsageError(f"{path} is no file or folder and no model known by name; known are {', '.join(PUBLISHED)}")
     source = open_source(path)
-    chosen = choose_format(source, target, wish.weights or best_kind(source, None), head=wish.head)
-    table = "float32" if target == CPU_TARGET and chosen.kind == "exact" else "bfloat16"
-    stored = StoredWeights(chosen.kind, chosen.group_size, chosen.symmetric, chosen.head, chosen.head_group_size, table)
-    return path.name, source.config, stored
+    weights = choose_format(source, target, wish.weights or best_kind(source, None), head=wish.head)
+    made_for = make_target(target, weights, wish.kv)
+    table = table_type(source.tensors[EMBEDDING], made_for, weights).name
+    return path.name, source.config, _stored(weights, table), made_for.types.names
+
+
+def _stored(weights: WeightFormat, table: str) -> StoredWeights:
+    return StoredWeights(
+        weights.kind, weights.group_size, weights.symmetric, weights.head, weights.head_group_size, table
+    )
 
 
 def _attending(config: ModelConfig, attention: str | None) -> ModelConfig:
@@ -196,7 +214,7 @@ def _answer(name: str, target: str, subject: Subject, run: Run, place: Device, o
         run = _offloaded(ledger, subject, run, place)
     budget, lines = place.budget, ledger(subject, run)
     found = () if total(lines) <= budget else changes(ledger, subject, run, budget, may_offload=may_offload)
-    most = largest(ledger, subject, run, budget)
+    most = largest_of_each(ledger, subject, run, budget)
     return Planned(name, place.name, target, subject, run, budget, lines, most, tuple(found))
 
 
@@ -213,12 +231,7 @@ def _offloaded(ledger: Ledger, subject: Subject, run: Run, place: Device) -> Run
     least = run.sequences * least_slots(subject.config, subject.config.sparse, run.context)
     if least >= run.pages or total(ledger(subject, run)) <= place.budget:
         return run
-    low, high = least, run.pages
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = total(ledger(subject, replace(run, resident=middle))) <= place.budget
-        low, high = (middle, high) if fits else (low, middle)
-    return replace(run, resident=low)
+    return most_resident(lambda r: ledger(subject, r), run, place.budget, least)
 
 
 def _refusal(answer: Planned) -> str:

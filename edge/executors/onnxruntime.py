@@ -144,7 +144,7 @@ class OnnxRuntimeExecutor:
         page = pool_layout(bundle.config, bundle.manifest.types)["kv_pool"]
         planes, heads = page.shape[:2]
         slice_bytes = page.nbytes // (planes * heads)
-        pools = [pool for pool in self._pools if len(pool.shape()) == 5]
+        pools = [pool for pool, name in zip(self._pools, self._names, strict=True) if name == "kv_pool"]
         parts = [[PoolPart(pool.data_ptr(), planes, slice_bytes)] for pool in pools]
         layer_bytes = self.num_pages * heads * unit_bytes(parts[0])
         self._offloaded = len(parts) * layer_bytes
@@ -237,8 +237,8 @@ class OnnxRuntimeExecutor:
     def _page_pools(self) -> Iterator[MemoryPages | StoredPages]:
         """Each pool, wherever its pages are."""
         stores = iter(self.stores)
-        for values in self._values:
-            yield StoredPages(next(stores)) if self.stores and values.ndim == 5 else MemoryPages(values)
+        for name, values in zip(self._names, self._values, strict=True):
+            yield StoredPages(next(stores)) if self.stores and name == "kv_pool" else MemoryPages(values)
 
     @property
     def page_format(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edge.kv_cache import pages_for
 from edge.memory.attended import least_slots
-from edge.memory.fit import largest_context
+from edge.memory.fit import largest, largest_context
 from edge.memory.ledger import Line, Subject, total
 from edge.memory.run import Run
 from edge.memory.weights import BITS
@@ -36,26 +37,26 @@ class Change:
     fits: bool
 
 
-def largest(ledger: Ledger, subject: Subject, run: Run, budget: int) -> Largest:
+def largest_of_each(ledger: Ledger, subject: Subject, run: Run, budget: int) -> Largest:
     """Context, sequences and chunk at most."""
 
-    def fits(other: Run) -> bool:
-        return total(ledger(subject, other)) <= budget
+    def fits(**changed: Any) -> bool:
+        return total(ledger(subject, replace(run, **changed))) <= budget
 
     context = largest_context(lambda r: ledger(subject, r), replace(run, context=MOST_CONTEXT), budget)
-    sequences = _most(lambda n: fits(replace(run, sequences=n)), MOST_SEQUENCES)
-    chunks = [chunk for chunk in _powers(MOST_CHUNK) if fits(replace(run, chunk=chunk))]
-    return Largest(context, sequences, max(chunks, default=0))
+    sequences = largest(lambda n: fits(sequences=n), 0, MOST_SEQUENCES)
+    return Largest(context, sequences, max((n for n in _powers(MOST_CHUNK) if fits(chunk=n)), default=0))
 
 
 def changes(ledger: Ledger, subject: Subject, run: Run, budget: int, *, may_offload: bool) -> Iterator[Change]:
     """The cheapest first, each on top of the others, until the run fits; what saves nothing is left out."""
     before = total(ledger(subject, run))
-    for option, new_subject, new_run in _candidates(subject, run, may_offload):
-        after = total(ledger(new_subject(subject), new_run(run)))
+    for option, of_subject, of_run in _candidates(subject, run, may_offload):
+        changed = replace(subject, **of_subject), replace(run, **of_run)
+        after = total(ledger(*changed))
         if after >= before:
             continue
-        subject, run = new_subject(subject), new_run(run)
+        subject, run = changed
         yield Change(option, before - after, after, after <= budget)
         before = after
         if after <= budget:
@@ -65,33 +66,24 @@ def changes(ledger: Ledger, subject: Subject, run: Run, budget: int, *, may_offl
         yield Change(f"--context {fitting}", before - after, after, True)
 
 
-def _candidates(
-    subject: Subject, run: Run, may_offload: bool
-) -> Iterator[tuple[str, Callable[[Subject], Subject], Callable[[Run], Run]]]:
-    """In the order of what they cost the user: first nothing that can be seen, last the wish itself."""
-
-    def same_run(r: Run) -> Run:
-        return r
-
-    def same_subject(s: Subject) -> Subject:
-        return s
-
+def _candidates(subject: Subject, run: Run, may_offload: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """An option and the fields of subject and run that it changes, in the order of what they cost the user: first
+    nothing that can be seen, last the wish itself."""
+    weights, sparse = subject.weights, subject.config.sparse
     if subject.kv != "int8":
-        yield "--kv int8", lambda s: replace(s, types={**s.types, "kv": "int8"}), same_run
-    if BITS[subject.weights.kind] < 16 and subject.weights.head != "int4":
-        yield "--head int4", lambda s: replace(s, weights=replace(s.weights, head="int4")), same_run
+        yield "--kv int8", {"types": {**subject.types, "kv": "int8"}}, {}
+    if BITS[weights.kind] < 16 and weights.head != "int4":
+        yield "--head int4", {"weights": replace(weights, head="int4")}, {}
     for chunk in (c for c in reversed(list(_powers(run.chunk // 2))) if c >= _LEAST_CHUNK):
-        yield f"--chunk {chunk}", same_subject, lambda r, chunk=chunk: replace(r, chunk=chunk)  # type: ignore[misc]
-    sparse = subject.config.sparse
+        yield f"--chunk {chunk}", {}, {"chunk": chunk}
     if may_offload and sparse is not None and run.resident is None:
         slots = least_slots(subject.config, sparse, run.context)
         if slots < pages_for(run.context):
-            yield "--offload FOLDER", same_subject, lambda r: replace(r, resident=slots * r.sequences)
-    if BITS[subject.weights.kind] == 16:
-        low = replace(subject.weights, kind="w4a16", head="int4")
-        yield "--weights w4a16", lambda s: replace(s, weights=low), same_run
+            yield "--offload FOLDER", {}, {"resident": slots * run.sequences}
+    if BITS[weights.kind] == 16:
+        yield "--weights w4a16", {"weights": replace(weights, kind="w4a16", head="int4")}, {}
     if run.sequences > 1:
-        yield "--batch 1", same_subject, lambda r: replace(r, sequences=1)
+        yield "--batch 1", {}, {"sequences": 1}
 
 
 def _powers(most: int) -> Iterator[int]:
@@ -100,12 +92,3 @@ def _powers(most: int) -> Iterator[int]:
     while power <= most:
         yield power
         power *= 2
-
-
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n up to `limit` that fits, as all below it do; 0 if not even 1."""
-    low, high = 0, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -23,8 +23,8 @@ def make_plan(bundle: Bundle, options: EngineOptions, free: int | None = None) -
     """The plan of a run on the CPU; `fit_plan` has the rules. free: bytes that there are, of this machine if None."""
     from plugins.ort.library import multiplies_packed
 
-    subject, limit = subject_of(bundle), bundle.manifest.limits["max_context"]
-    subject = replace(subject, config=replace(subject.config, sparse=resolve_sparse(bundle, options)))
+    subject, limit, sparse = subject_of(bundle), bundle.manifest.limits["max_context"], resolve_sparse(bundle, options)
+    subject = replace(subject, config=replace(subject.config, sparse=sparse))
     run = Run(
         options.context or limit,
         chunk=options.chunk,
@@ -40,8 +40,7 @@ def make_plan(bundle: Bundle, options: EngineOptions, free: int | None = None) -
 
     if options.offload is None:
         return fit_plan(bundle, options, ledger, run, free=free)
-    least = least_streamed(resolve_sparse(bundle, options))
-    return fit_offloaded(bundle, options, ledger, run, free=free, least=least)
+    return fit_offloaded(bundle, options, ledger, run, free=free, least=least_streamed(sparse))
 
 
 def fit_plan(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *, free: int) -> Plan:
@@ -77,13 +76,7 @@ def fit_offloaded(
     if fitting < (least * PAGE_TOKENS if options.context is None else run.context):
         plain = largest_context(ledger, run, budget)
         raise EdgeError(_offload_refusal(options, ledger, leanest, budget, room, max(fitting, plain)))
-    run = replace(run, context=min(fitting, run.context))
-    low, high = least, run.pages + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = total(ledger(replace(run, resident=middle))) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    run = replace(run, resident=low)
+    run = most_resident(ledger, replace(run, context=min(fitting, run.context)), budget, least)
     return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
 
 
@@ -103,12 +96,24 @@ def largest_context(ledger: Ledger, run: Run, budget: int) -> int:
     """Most tokens, up to those of `run`, whose ledger fits: all of them, or whole pages; 0 if not even one page."""
     if total(ledger(run)) <= budget:
         return run.context
-    low, high = 0, pages_for(run.context)
+    return PAGE_TOKENS * largest(
+        lambda pages: total(ledger(replace(run, context=pages * PAGE_TOKENS))) <= budget, 0, pages_for(run.context) - 1
+    )
+
+
+def most_resident(ledger: Ledger, run: Run, budget: int, least: int) -> Run:
+    """The run with as many pages in memory as fit, at least `least`, and the others elsewhere."""
+    resident = largest(lambda pages: total(ledger(replace(run, resident=pages))) <= budget, least, run.pages)
+    return replace(run, resident=resident)
+
+
+def largest(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest number above `least` and up to `most` that fits, as all between do; `least` if none does."""
+    low, high = least, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        fits = total(ledger(replace(run, context=middle * PAGE_TOKENS))) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return low * PAGE_TOKENS
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _refusal(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, budget: int, fitting: int) -> str:

@@ -65,11 +65,6 @@ def is_exhausted(error: Exception) -> bool:
     return _EXHAUSTED in str(error)
 
 
-def is_available() -> bool:
-    """Whether the operators are compiled; without them a session has ONNX Runtime's own memory."""
-    return find_library() is not None
-
-
 def _library() -> ctypes.CDLL:
     path = find_library()
     if path is None:
