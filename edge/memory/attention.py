@@ -11,6 +11,8 @@ from plugins import PAGE_TOKENS
 
 TILE_ROWS = 512  # query rows of one task (plugins/paged_attention/cpu.h: kTileRows)
 PART_BLOCKS = 16  # pages of one part of a single token's attention (kPartBlocks)
+PART_CHOSEN = 256  # and of its choice of blocks (plugins/infllmv2/parts.h: kPartCoarse)
+CHUNK_BLOCKS = 16  # scores of blocks come in so many (plugins/infllmv2/select.h: kChunkBlocks)
 # Heads that are multiplied as packed elements where the processor can (library.cpp): a multiple of so many values as
 # pairs of bfloat16, up to so many as fours of int8 (plugins/paged_attention/quad_tile.h).
 _PAIR_DIM, _MOST_QUAD_DIM, _QUAD_ROWS = 32, 256, 16
@@ -27,15 +29,19 @@ def attention_bytes(config: ModelConfig, kv: str, run: Run) -> int:
     row = tile.state // (tile_tokens * group)
     is_stored = run.resident is not None
     thread = tile.scratch if is_stored else tile.scratch + tile.state
-    if is_choosing := _is_choosing(config, run.context):  # by scores: a tile of its own, a key for each block
+    scores = 4 * CHUNK_BLOCKS * -(-pages // CHUNK_BLOCKS)  # of a token's blocks
+    if is_choosing := _is_choosing(config, run.context):  # by scores: a tile of its own
         compressed = _tile(tile_tokens * group, config.head_dim, "bfloat16" if kv == "int8" else kv, run.packed)
-        thread += compressed.scratch + compressed.state + 4 * tile_tokens * pages + 8 * pages
+        # a key for each block, and the best of each eight
+        thread += compressed.scratch + compressed.state + tile_tokens * (scores + 4) + 8 * pages + pages // 2
     tiles = heads * (run.sequences - 1 + -(-run.chunk // tile_tokens))
     prompt = 4 * tiles * pages + (run.tokens * heads * group * row if is_stored else 0)
     attended = _most_attended(config, pages) if is_choosing else pages
     parts = -(-attended // PART_BLOCKS)
     part = group * (row if is_stored else 4 * (config.head_dim + 2))
     decode = run.sequences * heads * (4 * attended + (parts * part if is_stored or parts > 1 else 0))
+    if is_choosing:  # which comes before, and leaves nothing
+        decode = max(decode, run.sequences * heads * (scores + -(-pages // PART_CHOSEN) * (4 + 8 * group)))
     choices = 0 if config.sparse is None else heads * 8 * -(-pages // 64)  # of a token: a bit for each block
     return run.threads * thread + max(prompt + run.tokens * choices, decode + run.sequences * choices)
 

@@ -1,6 +1,6 @@
 // CPU kernel of edge.InfLLMv2Attention (contract: plugins/infllmv2/__init__.py, meaning: meaning.py beside it).
 #pragma once
-#include "plugins/infllmv2/select.h"
+#include "plugins/infllmv2/parts.h"
 
 namespace edge {
 
@@ -32,16 +32,6 @@ void infllmv2_attention(const AttentionStep& s, const Cache<T>& cache, W* fine, 
     in_stored_parts(s, 1, keep);  // a window reaches back one page
   const auto tiles = token_tiles(s);
   BlockMask mask(s.tokens(), s.kv_heads, s.table_width);
-  parallel(tiles.size(), [&](size_t i) {
-    static thread_local SelectionBuffers<W, WE> buffer;
-    const TokenTile& tile = tiles[i];
-    if (settings.dense_len < 0 || switch_length[tile.sequence] >= settings.dense_len)
-      select_tile(s, fine, coarse, settings, tile, mask, buffer);
-    else
-      for (int64_t t = tile.first; t < tile.last; ++t)
-        set_range(mask.row(t, tile.head), 0, s.positions[t] / kPage + 1);
-  });
-
   struct InMask {
     const BlockMask* mask;
     int64_t head;
@@ -51,8 +41,26 @@ void infllmv2_attention(const AttentionStep& s, const Cache<T>& cache, W* fine, 
   };
   std::vector<BlockChoice<InMask>> choices;
   choices.reserve(tiles.size());
-  for (const auto& tile : tiles) choices.push_back({selected_by_any(mask, tile), InMask{&mask, tile.head}});
-  attend<T, E>(s, cache, tiles, choices, parallel);
+  EarlyLocks early(s);
+  const bool is_decode = s.tokens() == s.sequences;
+  // With pages on disk a head's are read while the next head chooses.
+  const size_t together = is_decode && s.store != nullptr ? 1 : tiles.size();
+  for (size_t first = 0; first < tiles.size(); first += together) {
+    if (is_decode)
+      TokenSelection<W, WE>(s, fine, coarse, settings, switch_length, &tiles[first], together).run(mask, parallel);
+    else
+      parallel(tiles.size(), [&](size_t i) {
+        if (is_dense(settings, switch_length, tiles[i]))
+          set_all_blocks(s, tiles[i], mask);
+        else
+          select_tile(s, fine, coarse, settings, tiles[i], mask, selection_buffers<W, WE>());
+      });
+    for (size_t i = first; i < first + together; ++i) {
+      choices.push_back({selected_by_any(mask, tiles[i]), InMask{&mask, tiles[i].head}});
+      if (is_decode) early.lock(tiles[i], choices.back().blocks);
+    }
+  }
+  attend<T, E>(s, cache, tiles, choices, parallel, early.units());
 }
 
 }  // namespace edge

@@ -36,10 +36,16 @@ template <class T, class E>
 struct SelectionBuffers {
   Tile<E> tile;                // q, keys, scores and softmax state
   Buffer<T> no_window;         // [dim], zero
-  Buffer<float> block_scores;  // [tokens, blocks]
+  Buffer<float> block_scores;  // [tokens, score_stride(blocks)]
+  Buffer<float> before;        // [tokens]: for the block in front of the first, which is none
 };
 
-// Windows [u, u + 64) of one sequence and head; those past the end are zero.
+constexpr int64_t kChunkBlocks = kPage / kFineSlots;  // blocks in which 64 fine windows end
+
+// Between the scores of two tokens: as many blocks as whole chunks of windows have.
+inline int64_t score_stride(int64_t blocks) { return (blocks + kChunkBlocks - 1) / kChunkBlocks * kChunkBlocks; }
+
+// Windows [u, u + 64) of one sequence and head, u a multiple of 64; those past the end are zero.
 template <class T>
 struct WindowRows {
   const T* rows[kPage];
@@ -47,8 +53,11 @@ struct WindowRows {
   template <class E>
   WindowRows(const AttentionStep& s, const T* pool, int64_t slots, const TokenTile& tile, int64_t u, int64_t end,
              const SelectionBuffers<T, E>& buffer) {
-    for (int64_t w = u; w < u + kPage; ++w)
-      rows[w - u] = w >= end ? buffer.no_window.data() : window_slot(pool, s, tile.sequence, tile.head, w, slots);
+    for (int64_t first = u; first < u + kPage; first += slots) {
+      const T* page = first < end ? window_slot(pool, s, tile.sequence, tile.head, first, slots) : nullptr;
+      for (int64_t w = first; w < first + slots; ++w)
+        rows[w - u] = w < end ? page + (w - first) * s.dim : buffer.no_window.data();
+    }
   }
 };
 
@@ -65,16 +74,16 @@ struct PrefetchRows {
   }
 };
 
-// Scores windows [0, end) of one sequence and head against the tile's queries, 64 at a time: calls
+// Scores windows [begin, end) of one sequence and head against the tile's queries, 64 at a time: calls
 // use(u) when buffer.tile.scores [rows, 64] holds those of windows [u, u + 64).
 template <class T, class E, class Use>
-void score_windows(const AttentionStep& s, const T* pool, int64_t slots, const TokenTile& tile, int64_t end,
-                   SelectionBuffers<T, E>& buffer, Use use) {
+void score_windows(const AttentionStep& s, const T* pool, int64_t slots, const TokenTile& tile, int64_t begin,
+                   int64_t end, SelectionBuffers<T, E>& buffer, Use use) {
   constexpr int64_t per = kPerElement<E>;
   const int64_t rows = (tile.last - tile.first) * s.group();
   fill(buffer.no_window, s.dim, T{});
-  WindowRows<T> windows(s, pool, slots, tile, 0, end, buffer);
-  for (int64_t u = 0; u < end; u += kPage) {
+  WindowRows<T> windows(s, pool, slots, tile, begin, end, buffer);
+  for (int64_t u = begin; u < end; u += kPage) {
     transpose_rows([&](int64_t t) { return windows.rows[t]; }, buffer.tile.keys.data(), s.dim);
     windows = WindowRows<T>(s, pool, slots, tile, u + kPage, end, buffer);
     std::fill_n(buffer.tile.scores.begin(), rows * kPage, 0.0f);
@@ -82,15 +91,25 @@ void score_windows(const AttentionStep& s, const T* pool, int64_t slots, const T
              kPage, s.dim / per, PrefetchRows<T>{windows, s.dim});
     use(u);
   }
-  pool_bytes_read.fetch_add(end * s.dim * sizeof(T), std::memory_order_relaxed);
+  pool_bytes_read.fetch_add((end - begin) * s.dim * sizeof(T), std::memory_order_relaxed);
 }
 
-// Softmax maximum and sum of every row over the coarse windows that its token has fully passed.
+// Windows [begin, end) of a pass; `begin` is a multiple of 64.
+struct WindowRange {
+  int64_t begin, end;
+};
+
+// The coarse windows that the tile's last token has fully passed.
+inline WindowRange coarse_windows(const AttentionStep& s, const TokenTile& tile) {
+  return {0, (s.positions[tile.last - 1] + 1) / kPage};
+}
+
+// Softmax maximum and sum of every row over the coarse windows of the range that its token has fully passed.
 template <class T, class E>
-void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile, SelectionBuffers<T, E>& buffer) {
+void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile, WindowRange range,
+                 SelectionBuffers<T, E>& buffer) {
   const int64_t group = s.group(), rows = (tile.last - tile.first) * group;
-  const int64_t end = (s.positions[tile.last - 1] + 1) / kPage;
-  score_windows(s, coarse, kCoarseSlots, tile, end, buffer, [&](int64_t u) {
+  score_windows(s, coarse, kCoarseSlots, tile, range.begin, range.end, buffer, [&](int64_t u) {
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = &buffer.tile.scores[r * kPage];
       const int64_t visible = (s.positions[tile.first + r / group] + 1) / kPage - u;
@@ -106,7 +125,7 @@ void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile,
   });
 }
 
-// A token's probabilities of the loaded fine windows, added up over its rows -> total [64].
+// A token's probabilities of the loaded fine windows, added up over its rows -> total [64]; NaN counts as 0.
 template <class E>
 inline void add_up_group(const Tile<E>& tile, int64_t first_row, int64_t group, float* total) {
   std::fill_n(total, kPage, 0.0f);
@@ -117,49 +136,78 @@ inline void add_up_group(const Tile<E>& tile, int64_t first_row, int64_t group, 
       store(total + t, load(total + t) + exp(min(score, splat(kMaxExponent))) * inverse);
     }
   }
+  for (int t = 0; t < kPage; t += kWidth) store(total + t, max(load(total + t), vf{}));
 }
 
-// Pools the fine windows [u, u + 64) of one token: a block's score is the best of the windows that end in it and
-// the first that ends in the next block.
-inline void pool_windows(const float* probability, int64_t u, int64_t visible, float* block_scores) {
-  for (int64_t w = std::max<int64_t>(u, 1); w < std::min(u + kPage, visible); ++w) {
-    const float score = probability[w - u] > 0 ? probability[w - u] : 0.0f;  // NaN counts as 0
-    const int64_t block = w / kFineSlots;
-    block_scores[block] = std::max(block_scores[block], score);
-    if (w % kFineSlots == 0) block_scores[block - 1] = std::max(block_scores[block - 1], score);
+// Pools 64 fine windows of one token to the 16 blocks in which they end: a block's score is the best of these windows
+// and of the first that ends in the next block. `before` is the score of the block in front of them.
+inline void pool_windows(const float* probability, float* block_scores, float& before) {
+  before = std::max(before, probability[0]);
+  for (int64_t block = 0; block < kChunkBlocks; ++block) {
+    const float* ours = probability + block * kFineSlots;
+    float best = block + 1 < kChunkBlocks ? ours[kFineSlots] : 0.0f;
+    for (int64_t w = 0; w < kFineSlots; ++w) best = std::max(best, ours[w]);
+    block_scores[block] = best;
   }
 }
 
-// Block scores of the tile's tokens, as far as blocks can be chosen by score: block_scores [tokens, blocks].
+// The fine windows of the blocks that can be chosen by score.
+inline WindowRange fine_windows(const AttentionStep& s, const SparseSettings& settings, const TokenTile& tile) {
+  const int64_t last = s.positions[tile.last - 1];
+  return {0, std::min((last + 1) / kStride, (last / kPage - settings.local_blocks) * kFineSlots + 1)};
+}
+
+// Scores, for the tile's tokens, of the blocks in which the windows of the range end -> scores [tokens, stride], of
+// which the first of the range is at `scores`. before [tokens]: for the block in front of them.
 template <class T, class E>
-void fine_pass(const AttentionStep& s, const T* fine, const SparseSettings& settings, const TokenTile& tile,
-               int64_t blocks, SelectionBuffers<T, E>& buffer) {
-  const int64_t group = s.group(), last_block = s.positions[tile.last - 1] / kPage;
-  const int64_t windows = (s.positions[tile.last - 1] + 1) / kStride;
-  const int64_t end = std::min(windows, (last_block - settings.local_blocks) * kFineSlots + 1);
-  fill(buffer.block_scores, (tile.last - tile.first) * blocks, 0.0f);
-  score_windows(s, fine, kFineSlots, tile, end, buffer, [&](int64_t u) {
-    for (int64_t t = tile.first; t < tile.last; ++t) {
-      const int64_t next = s.positions[t] + 1;
+void fine_pass(const AttentionStep& s, const T* fine, const TokenTile& tile, WindowRange range, int64_t stride,
+               float* scores, float* before, SelectionBuffers<T, E>& buffer) {
+  const int64_t group = s.group();
+  score_windows(s, fine, kFineSlots, tile, range.begin, range.end, buffer, [&](int64_t u) {
+    for (int64_t t = 0; t < tile.last - tile.first; ++t) {
+      const int64_t next = s.positions[tile.first + t] + 1;
       if (next / kPage < 2) continue;  // no coarse window yet: all scores are zero
       float probability[kPage];
-      add_up_group(buffer.tile, (t - tile.first) * group, group, probability);
-      pool_windows(probability, u, std::min(end, next / kStride), &buffer.block_scores[(t - tile.first) * blocks]);
+      add_up_group(buffer.tile, t * group, group, probability);
+      if (u == 0) probability[0] = 0.0f;  // no window
+      const int64_t visible = std::clamp<int64_t>(std::min(range.end, next / kStride) - u, 0, kPage);
+      std::fill(probability + visible, probability + kPage, 0.0f);
+      float* chunk = scores + t * stride + (u - range.begin) / kFineSlots;
+      pool_windows(probability, chunk, u == range.begin ? before[t] : chunk[-1]);
     }
   });
 }
 
-// The best `count` of blocks [first, last) by (score descending, block ascending).
+// At least `count` of scores [n] are no less than the result, and few are: the count-th best of the maxima of groups.
+inline float lower_bound_of_best(const float* scores, int64_t n, int64_t count) {
+  constexpr int64_t per_group = 8;
+  static thread_local Buffer<float> maxima;
+  const int64_t groups = n / (per_group * kWidth) * kWidth;
+  if (groups < count) return 0.0f;
+  size_to(maxima, groups);
+  for (int64_t g = 0; g < groups; g += kWidth) {
+    vf best = load(scores + g * per_group);
+    for (int64_t i = 1; i < per_group; ++i) best = max(best, load(scores + g * per_group + i * kWidth));
+    store(&maxima[g], best);
+  }
+  std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<>());
+  return maxima[count - 1];
+}
+
+// The best `count` of blocks [first, last) by (score descending, block ascending). No score is negative.
 inline void set_best(const float* scores, int64_t first, int64_t last, int64_t count, uint64_t* row) {
   static thread_local Buffer<uint64_t> keys;
   size_to(keys, std::max<int64_t>(0, last - first));
+  const float least = lower_bound_of_best(scores + first, keys.size(), count);
+  int64_t found = 0;
   for (int64_t b = first; b < last; ++b) {
+    if (scores[b] < least) continue;
     uint32_t bits;  // of a float that is not negative: ordered as the float is
     memcpy(&bits, scores + b, sizeof bits);
-    keys[b - first] = uint64_t{bits} << 32 | (UINT32_MAX - static_cast<uint32_t>(b));
+    keys[found++] = uint64_t{bits} << 32 | (UINT32_MAX - static_cast<uint32_t>(b));
   }
-  if (count < last - first) std::nth_element(keys.begin(), keys.begin() + count, keys.end(), std::greater<>());
-  for (int64_t i = 0; i < std::min(count, last - first); ++i) {
+  if (count < found) std::nth_element(keys.begin(), keys.begin() + count, keys.begin() + found, std::greater<>());
+  for (int64_t i = 0; i < std::min(count, found); ++i) {
     const int64_t block = UINT32_MAX - static_cast<uint32_t>(keys[i]);
     set_range(row, block, block + 1);
   }
@@ -176,14 +224,25 @@ inline void choose_blocks(const SparseSettings& settings, int64_t own_block, con
 }
 
 template <class T, class E>
+void load_selecting_queries(const AttentionStep& s, const SparseSettings& settings, const TokenTile& tile,
+                            SelectionBuffers<T, E>& buffer) {
+  buffer.tile.start((tile.last - tile.first) * s.group(), s.dim);
+  load_queries(s, tile.head, tile.first, tile.last, buffer.tile, !settings.use_nope);
+}
+
+// The blocks of a tile's tokens -> their rows of the mask.
+template <class T, class E>
 void select_tile(const AttentionStep& s, const T* fine, const T* coarse, const SparseSettings& settings,
                  const TokenTile& tile, BlockMask& mask, SelectionBuffers<T, E>& buffer) {
-  const int64_t last_block = s.positions[tile.last - 1] / kPage, blocks = last_block + 1;
+  const int64_t blocks = s.positions[tile.last - 1] / kPage + 1, stride = score_stride(blocks);
   if (blocks > settings.selected_blocks) {
-    buffer.tile.start((tile.last - tile.first) * s.group(), s.dim);
-    load_queries(s, tile.head, tile.first, tile.last, buffer.tile, !settings.use_nope);
-    coarse_pass(s, coarse, tile, buffer);
-    fine_pass(s, fine, settings, tile, blocks, buffer);
+    load_selecting_queries(s, settings, tile, buffer);
+    coarse_pass(s, coarse, tile, coarse_windows(s, tile), buffer);
+    const int64_t tokens = tile.last - tile.first;
+    fill(buffer.block_scores, tokens * stride, 0.0f);
+    fill(buffer.before, tokens, 0.0f);
+    fine_pass(s, fine, tile, fine_windows(s, settings, tile), stride, buffer.block_scores.data(),
+              buffer.before.data(), buffer);
   }
   for (int64_t t = tile.first; t < tile.last; ++t) {
     const int64_t own_block = s.positions[t] / kPage;
@@ -191,7 +250,7 @@ void select_tile(const AttentionStep& s, const T* fine, const T* coarse, const S
     if (own_block < settings.selected_blocks)
       set_range(row, 0, own_block + 1);
     else
-      choose_blocks(settings, own_block, &buffer.block_scores[(t - tile.first) * blocks], row);
+      choose_blocks(settings, own_block, &buffer.block_scores[(t - tile.first) * stride], row);
   }
 }
 

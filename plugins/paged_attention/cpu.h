@@ -224,19 +224,20 @@ std::vector<AttentionTask> attention_tasks(const AttentionStep& s, const std::ve
   return tasks;
 }
 
-// Attends over pages of which some are on disk -> what each task found (stored.h).
+// Attends over pages of which some are on disk -> what each task found (stored.h). `locked`: all its units, or none.
 template <class T, class E, class Choices>
 std::vector<Partial> attend_stored(const AttentionStep& s, const Cache<T>& cache, const std::vector<TokenTile>& tiles,
-                                   const Choices& choices, const std::vector<AttentionTask>& tasks, Parallel parallel);
+                                   const Choices& choices, const std::vector<AttentionTask>& tasks, Parallel parallel,
+                                   const PageUnits& locked);
 
-// Attention of every tile over the blocks of its choice.
+// Attention of every tile over the blocks of its choice; of pages on disk all those, or none, may be locked already.
 template <class T, class E, class Choices>
 void attend(const AttentionStep& s, const Cache<T>& cache, const std::vector<TokenTile>& tiles,
-            const Choices& choices, Parallel parallel) {
+            const Choices& choices, Parallel parallel, const PageUnits& locked = {}) {
   const auto tasks = attention_tasks(s, tiles, choices);
   std::vector<Partial> partials(tasks.size());
   if (s.store != nullptr)
-    partials = attend_stored<T, E>(s, cache, tiles, choices, tasks, parallel);
+    partials = attend_stored<T, E>(s, cache, tiles, choices, tasks, parallel, locked);
   else
     parallel(tasks.size(), [&](size_t i) {
       static thread_local Tile<E> buffer;

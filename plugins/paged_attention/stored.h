@@ -132,12 +132,43 @@ class StoredTasks {
   size_t first_ = 0;              // in `order_`: all before it are done
 };
 
+// Locks the units of one tile after the other, so that they are read while the next one chooses its blocks.
+class EarlyLocks {
+ public:
+  explicit EarlyLocks(const AttentionStep& s) : s_(s), counts_(s.kv_heads) {}
+
+  // If the tiles need more than there is room for, or a page cannot be had, nothing stays locked.
+  void lock(const TokenTile& tile, const Buffer<int32_t>& blocks) {
+    if (s_.store == nullptr || gave_up_) return;
+    PageUnits units;
+    for (const int64_t block : blocks)
+      units.push_back({static_cast<int32_t>(s_.page(tile.sequence, block)), static_cast<int32_t>(tile.head), false});
+    counts_[tile.head] += units.size();
+    gave_up_ = counts_[tile.head] > s_.store->slots || !s_.store->lock(units);
+    if (gave_up_)
+      s_.store->unlock(std::exchange(units_, {}), false, false);
+    else
+      units_.insert(units_.end(), units.begin(), units.end());
+  }
+
+  const PageUnits& units() const { return units_; }
+
+ private:
+  const AttentionStep& s_;
+  std::vector<int64_t> counts_;  // by head
+  PageUnits units_;
+  bool gave_up_ = false;
+};
+
 // If a page cannot be had, what all tasks found is empty, and the file knows why.
 template <class T, class E, class Choices>
 std::vector<Partial> attend_stored(const AttentionStep& s, const Cache<T>& cache,
                                    const std::vector<TokenTile>& tiles, const Choices& choices, const std::vector<AttentionTask>& tasks,
-                                   Parallel parallel) {
-  const auto [waves, fits] = plan_waves(s, tiles, choices);
+                                   Parallel parallel, const PageUnits& already_locked) {
+  const bool is_early = !already_locked.empty();
+  const auto [waves, fits] =
+      is_early ? std::make_pair(std::vector<Wave>{{s.sequences * s.table_width, already_locked}}, true)
+               : plan_waves(s, tiles, choices);
   StoredTasks<T, E, Choices> stored(s, cache, tiles, choices, tasks);
   PageFile& file = s.store->file();
   // The disk sets the pace of tokens that each go their own way through many waves, and waking others costs more than
@@ -145,14 +176,15 @@ std::vector<Partial> attend_stored(const AttentionStep& s, const Cache<T>& cache
   const bool is_decode = s.tokens() == s.sequences;
   const Parallel spread = is_decode && !fits ? Parallel::serial() : parallel;
   if (!fits) s.store->set_idle(all_units(waves));
-  size_t locked = 0;
-  for (size_t w = 0; w < waves.size() && !file.failed(); ++w) {
-    while (locked < std::min(w + kWavesAhead, waves.size()) && s.store->lock(waves[locked].units)) ++locked;
-    if (!file.failed()) stored.run(waves[w].end, spread);
-    if (w < locked) s.store->unlock(waves[w].units, false, !fits);
-    if (file.failed())
-      for (size_t other = w + 1; other < locked; ++other) s.store->unlock(waves[other].units, false, !fits);
+  size_t wave = 0, locked = is_early ? 1 : 0;
+  while (wave < waves.size()) {
+    while (locked < std::min(wave + kWavesAhead, waves.size()) && s.store->lock(waves[locked].units)) ++locked;
+    if (file.failed()) break;
+    stored.run(waves[wave].end, spread);
+    if (file.failed()) break;
+    s.store->unlock(waves[wave++].units, false, !fits);
   }
+  for (; wave < locked; ++wave) s.store->unlock(waves[wave].units, false, !fits);
   s.store->set_idle({});
   return file.failed() ? std::vector<Partial>(tasks.size()) : stored.results();
 }
