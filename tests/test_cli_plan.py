@@ -16,6 +16,7 @@ from edge.cli.plan import _answer, _subject, _Wish
 from edge.engine import open_engine
 from edge.errors import UsageError
 from edge.memory.advice import changes, largest_of_each
+from edge.memory.attended import least_resident
 from edge.memory.devices import DEVICES, Device, find_device
 from edge.memory.ledger import Subject, cpu_ledger, total
 from edge.memory.run import Run
@@ -110,7 +111,7 @@ def test_changes_add_up_and_the_last_one_fits(context: int, budget: int, kind: s
     _, _, subject = _subject("MiniCPM4-8B", "onnxruntime", _Wish(kind, None, None, None))
     run = Run(context, rows=16, threads=2)
     needed = total(cpu_ledger(subject, run))
-    found = list(changes(cpu_ledger, subject, run, budget, may_offload=True))
+    found = list(changes(cpu_ledger, subject, run, budget, least=least_resident(subject.config, run, on_cpu=True)))
     for change in found:
         assert change.saves > 0 and change.total == needed - change.saves
         assert change.fits == (change.total <= budget)
@@ -127,7 +128,7 @@ def test_offload_leaves_what_a_token_needs() -> None:
     device = Device("test", "onnxruntime", 8 * GIB, cores=2)
     _, _, subject = _subject("MiniCPM4-8B", "onnxruntime", NO_WISH)
     answer = _answer("8B", "onnxruntime", subject, Run(1 << 17, rows=16, threads=2), device, offload=True)
-    assert answer.fits and answer.run.resident is not None and 158 <= answer.run.resident < answer.run.pages
+    assert answer.fits and answer.run.resident is not None and 41 <= answer.run.resident < answer.run.pages
     one_more = replace(answer.run, resident=answer.run.resident + 1)
     assert total(cpu_ledger(subject, one_more)) > device.budget
     elsewhere = [line for line in answer.lines if line.is_elsewhere]
@@ -154,7 +155,10 @@ def test_devices_are_found_by_part_of_a_name_and_ambiguity_is_refused() -> None:
         (("MiniCPM4-8B", "--head", "int3"), "unknown head format 'int3'; choose exact, int8 or int4"),
         (("MiniCPM4-8B", "--device", "4090", "--kv", "float32"), "stores keys and values as float16 or int8"),
         (("MiniCPM4-8B", "--kv", "fp8"), "unknown --kv 'fp8'"),
-        (("MiniCPM4-0.5B", "--offload"), "dense attention reads every page for every token"),
+        (
+            ("MiniCPM4-0.5B", "--device", "4090", "--offload"),
+            "dense attention needs every page on the GPU for every token",
+        ),
         (("MiniCPM4-8B", "--device", "orin64", "--offload"), "shares its memory with the host"),
     ],
 )

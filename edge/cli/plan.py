@@ -20,7 +20,7 @@ from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.machine import usable_cores
 from edge.memory.advice import Change, Largest, Ledger, changes, largest_of_each
-from edge.memory.attended import least_slots
+from edge.memory.attended import least_resident
 from edge.memory.device import device_ledger
 from edge.memory.devices import Device, find_device
 from edge.memory.fit import most_resident
@@ -209,26 +209,26 @@ def _attending(config: ModelConfig, attention: str | None) -> ModelConfig:
 
 def _answer(name: str, target: str, subject: Subject, run: Run, place: Device, offload: bool) -> Planned:
     ledger: Ledger = cpu_ledger if target == CPU_TARGET else lambda s, r: device_ledger(s, r, place)
-    may_offload = not place.is_integrated
+    least = None if place.is_integrated else least_resident(subject.config, run, on_cpu=target == CPU_TARGET)
     if offload:
-        run = _offloaded(ledger, subject, run, place)
+        run = _offloaded(ledger, subject, run, place, least)
     budget, lines = place.budget, ledger(subject, run)
-    found = () if total(lines) <= budget else changes(ledger, subject, run, budget, may_offload=may_offload)
+    found = () if total(lines) <= budget else changes(ledger, subject, run, budget, least=least)
     most = largest_of_each(ledger, subject, run, budget)
     return Planned(name, place.name, target, subject, run, budget, lines, most, tuple(found))
 
 
-def _offloaded(ledger: Ledger, subject: Subject, run: Run, place: Device) -> Run:
-    """With as many pages in memory as fit."""
-    if subject.config.sparse is None:
-        raise UsageError(
-            "dense attention reads every page for every token; leave out --offload, or add --attention sparse"
-        )
+def _offloaded(ledger: Ledger, subject: Subject, run: Run, place: Device, least: int | None) -> Run:
+    """With as many pages in memory as fit, `least` at least."""
     if place.is_integrated:
         raise UsageError(
             f"{place.name} shares its memory with the host, so that --offload would free nothing; leave it out"
         )
-    least = run.sequences * least_slots(subject.config, subject.config.sparse, run.context)
+    if least is None:
+        raise UsageError(
+            "dense attention needs every page on the GPU for every token; leave out --offload, or add --attention "
+            "sparse"
+        )
     if least >= run.pages or total(ledger(subject, run)) <= place.budget:
         return run
     return most_resident(lambda r: ledger(subject, r), run, place.budget, least)

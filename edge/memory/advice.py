@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edge.kv_cache import pages_for
-from edge.memory.attended import least_slots
 from edge.memory.fit import largest, largest_context
 from edge.memory.ledger import Line, Subject, total
 from edge.memory.run import Run
@@ -48,10 +46,10 @@ def largest_of_each(ledger: Ledger, subject: Subject, run: Run, budget: int) -> 
     return Largest(context, sequences, max((n for n in _powers(MOST_CHUNK) if fits(chunk=n)), default=0))
 
 
-def changes(ledger: Ledger, subject: Subject, run: Run, budget: int, *, may_offload: bool) -> Iterator[Change]:
+def changes(ledger: Ledger, subject: Subject, run: Run, budget: int, *, least: int | None) -> Iterator[Change]:
     """The cheapest first, each on top of the others, until the run fits; what saves nothing is left out."""
     before = total(ledger(subject, run))
-    for option, of_subject, of_run in _candidates(subject, run, may_offload):
+    for option, of_subject, of_run in _candidates(subject, run, least):
         changed = replace(subject, **of_subject), replace(run, **of_run)
         after = total(ledger(*changed))
         if after >= before:
@@ -66,20 +64,18 @@ def changes(ledger: Ledger, subject: Subject, run: Run, budget: int, *, may_offl
         yield Change(f"--context {fitting}", before - after, after, True)
 
 
-def _candidates(subject: Subject, run: Run, may_offload: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _candidates(subject: Subject, run: Run, least: int | None) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """An option and the fields of subject and run that it changes, in the order of what they cost the user: first
     nothing that can be seen, last the wish itself."""
-    weights, sparse = subject.weights, subject.config.sparse
+    weights = subject.weights
     if subject.kv != "int8":
         yield "--kv int8", {"types": {**subject.types, "kv": "int8"}}, {}
     if BITS[weights.kind] < 16 and weights.head != "int4":
         yield "--head int4", {"weights": replace(weights, head="int4")}, {}
     for chunk in (c for c in reversed(list(_powers(run.chunk // 2))) if c >= _LEAST_CHUNK):
         yield f"--chunk {chunk}", {}, {"chunk": chunk}
-    if may_offload and sparse is not None and run.resident is None:
-        slots = least_slots(subject.config, sparse, run.context)
-        if slots < pages_for(run.context):
-            yield "--offload FOLDER", {}, {"resident": slots * run.sequences}
+    if least is not None and run.resident is None and least < run.pages:
+        yield "--offload FOLDER", {}, {"resident": least}
     if BITS[weights.kind] == 16:
         yield "--weights w4a16", {"weights": replace(weights, kind="w4a16", head="int4")}, {}
     if run.sequences > 1:

@@ -1,9 +1,10 @@
-"""How many KV pages a token of a sparse model may need at once: so many are in memory while others are offloaded."""
+"""How many KV pages must be in memory while others are offloaded: on a device as many as a token may need at once."""
 
 from __future__ import annotations
 
 from edge.config import ModelConfig, SparseConfig
 from edge.kv_cache import pages_for
+from edge.memory.run import Run
 from edge.plan import ALWAYS_DENSE
 from plugins.offload.store import MINIMUM_SLOTS
 
@@ -29,3 +30,10 @@ def least_streamed(sparse: SparseConfig | None) -> int:
 def least_slots(config: ModelConfig, sparse: SparseConfig, context: int) -> int:
     """Pages that must be on the device: any token's, beside the initial and local ones of a sequence, which stay."""
     return token_pages(config, sparse, context) + forced_pages(sparse)
+
+
+def least_resident(config: ModelConfig, run: Run, *, on_cpu: bool) -> int | None:
+    """Pages that must be in memory while others are elsewhere; None if all must be: dense attention on a device."""
+    if on_cpu:
+        return least_streamed(config.sparse)
+    return None if config.sparse is None else run.sequences * least_slots(config, config.sparse, run.context)
