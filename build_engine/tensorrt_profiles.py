@@ -12,6 +12,7 @@ from edge.kv_cache import pages_for, pool_layout
 from edge.tensorrt import TARGETS
 
 TYPICAL_CONTEXT = 4096  # tokens; the length that shapes are tuned for
+MOST_DRAFTED = 64  # tokens of a sequence's tree: a row has a bit for each
 MOST_ELEMENTS = 2**31 - 1  # of a tensor, in TensorRT
 Range = tuple[int, int, int]  # min, opt, max
 
@@ -21,7 +22,8 @@ class BuildOptions:
     """What `edge build` decides. target: None is the bundle's own; max_context in tokens (None: the model's); chunk:
     prompt tokens a step; batch: sequences a step; compute capabilities: the GPUs that an engine for rtx is compiled for
     (RTX 30, 40, 50); plugins: use them, or compile the operators' functions; verify: tokens a sequence that a step of
-    speculative decoding verifies, 0 for none; memory: bytes that compiling may take (None: what is free)."""
+    speculative decoding computes, the last accepted one and the drafted ones after it (0: none); memory: bytes that
+    compiling may take (None: what is free)."""
 
     target: str | None = None
     max_context: int | None = None
@@ -41,11 +43,16 @@ class BuildOptions:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.verify < 0:
             raise UsageError(f"--verify is {self.verify}; it must be at least 0")
+        if self.verify > 1 + MOST_DRAFTED:
+            raise UsageError(
+                f"--verify is {self.verify}; it can be at most {1 + MOST_DRAFTED}: a tree's root and {MOST_DRAFTED} "
+                "drafted tokens"
+            )
 
 
 def build_profiles(config: ModelConfig, options: BuildOptions, kv: str = "float16") -> tuple[Profile, ...]:
     """Prefill: up to `chunk` prompt tokens beside decoding sequences, `batch` sequences in all. Decode: a token each.
-    Verify: up to `verify` tokens each, which all have logits.
+    Verify: up to `verify` tokens each, a root and a tree, which all have logits.
 
     The inputs are those of graph.graph_inputs; kv: the type of its cache. How many pages a pool has is decided when the
     engine is run: any number that fits in a tensor.
@@ -74,8 +81,11 @@ def _profile(
     inputs = {
         "input_ids": shapes(tokens),
         "positions": shapes(tokens),
+        "slots": shapes(tokens),
         "query_start": shapes((sequences[0] + 1, sequences[1] + 1, sequences[2] + 1)),
         "page_table": shapes(sequences, pages),
+        "tree_start": shapes(sequences),
+        "tree_mask": shapes(tokens, (2, 2, 2)),
         "logits_rows": shapes(rows),
     }
     if config.switches_on_length:

@@ -8,6 +8,22 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+NO_TREE = np.iinfo(np.int32).max  # the start of a tree that a sequence does not have
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """Where tokens of a step are stored, and what they see, if some are nodes of a tree of which one path will remain.
+
+    slots [T] int32: where in its sequence a token is stored; consecutive. start [B] int32: the slot at which the
+    sequence's tree begins, or NO_TREE. mask [T] uint64: bit i says that the row sees slot start + i. A row sees all
+    slots before the tree, and none after its own.
+    """
+
+    slots: np.ndarray
+    start: np.ndarray
+    mask: np.ndarray
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -17,7 +33,7 @@ class StepBatch:
     page_table [B, P]: each sequence's pages in order, short rows padded with any valid page.
     logits_rows [R]: the rows of this step whose logits are wanted; at least one.
     switch_length [B]: the length that selects LongRoPE's factor list and dense or sparse attention: the prompt's while
-    it is being prefilled, then the context's.
+    it is being prefilled, then the context's. tree: None if a token's place is its position and it sees all before it.
     """
 
     input_ids: np.ndarray
@@ -26,13 +42,30 @@ class StepBatch:
     page_table: np.ndarray
     logits_rows: np.ndarray
     switch_length: np.ndarray
+    tree: TreeRows | None = None
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The graph's inputs by name, all int32; the bits of tree_mask [T, 2] are the low word and the high one."""
+        tree = self.tree or TreeRows(
+            self.positions,
+            np.full(len(self.query_start) - 1, NO_TREE, np.int32),
+            np.zeros(len(self.positions), np.uint64),
+        )
+        names = ("input_ids", "positions", "query_start", "page_table", "logits_rows", "switch_length")
+        arrays = {name: np.ascontiguousarray(getattr(self, name), np.int32) for name in names}
+        mask = np.ascontiguousarray(tree.mask, "<u8").view(np.int32).reshape(-1, 2)
+        return arrays | {"slots": tree.slots, "tree_start": tree.start, "tree_mask": mask}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """logits [R, vocab] float32, in the order of `logits_rows`."""
+    """logits [R, vocab] float32, in the order of `logits_rows`.
+
+    hidden [T, hidden_size] float32: the final norm's output of every row, if the bundle has a draft model.
+    """
 
     logits: np.ndarray
+    hidden: np.ndarray | None = None
 
 
 class Executor(Protocol):
@@ -42,6 +75,13 @@ class Executor(Protocol):
 
     def step(self, batch: StepBatch) -> StepResult:
         """Append the new tokens' keys and values to their pages and return the wanted logits."""
+        ...
+
+    def keep_tokens(self, pages: Sequence[int], first: int, slots: Sequence[int]) -> None:
+        """Move what a sequence with these pages has at `slots` to first, first + 1, ...
+
+        `slots` ascend, and slots[i] >= first + i. The compressed keys of windows that end there are written anew.
+        """
         ...
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:

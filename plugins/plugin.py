@@ -125,8 +125,8 @@ class PageOffload(Protocol):
         """The pages that the new tokens go to, and those whose keys are averaged with theirs."""
         ...
 
-    def reading(self, pool: int, blocks: int, counts: int, limit: int, stream: int) -> Iterator[range]:
-        """The pages of `blocks` [T, Hkv, limit]; `counts` [T, Hkv] are chosen, 0 of dense tokens, which see all."""
+    def reading(self, pool: int, blocks: int, counts: int, columns: int, stream: int) -> Iterator[range]:
+        """The pages of `blocks` [T, Hkv, columns]; `counts` [T, Hkv] are chosen, 0 of dense tokens, which see all."""
         ...
 
 

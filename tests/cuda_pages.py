@@ -15,7 +15,7 @@ def past_pool(
     pool = np.full((step.pages, planes, kv_heads, PAGE_TOKENS, head_dim), np.nan, np.float32)
     for b in range(step.sequences):
         rows = step.rows(b)
-        past = step.positions[rows[0]] if len(rows) else 0
+        past = step.slots[rows[0]] if len(rows) else 0
         for i in range(past):
             pool[step.page_table[b, i // PAGE_TOKENS], :, :, i % PAGE_TOKENS] = rng.normal(
                 size=(planes, kv_heads, head_dim)

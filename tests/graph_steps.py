@@ -46,7 +46,7 @@ def run_steps(bundle: Path, steps: list[StepBatch], num_pages: int) -> list[dict
     names = [value.name for value in session.get_inputs() if value.name not in pools]
     results = []
     for step in steps:
-        feeds = {name: settings(bundle) if name == "sparse_settings" else getattr(step, name) for name in names}
+        feeds = {name: settings(bundle) if name == "sparse_settings" else step.inputs()[name] for name in names}
         values = dict(zip(outputs, session.run(None, feeds | pools), strict=True))
         pools = {name: values.pop(name.replace("_pool.", "_pool_out.")) for name in pools}
         results.append(values)

@@ -27,9 +27,16 @@ from tests.cuda_pages import past_pool
 Arrays = dict[str, np.ndarray]
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of the last place, relative
-# Sequences' (past, new) tokens: a decode step, and a prompt's chunks that start inside a page.
-STEPS = {"decode": [(190, 1), (63, 1), (700, 1)], "prefill": [(999, 45), (0, 31)]}
-TOKENS = {"decode": 3, "prefill": 76}
+# Sequences' (past, new) tokens: a decode step, a prompt's chunks that start inside a page, and trees, one of them over
+# two pages, beside a plain token.
+STEPS = {
+    "decode": [(190, 1), (63, 1), (700, 1)],
+    "prefill": [(999, 45), (0, 31)],
+    "verify": [(699, 9), (120, 6), (40, 1)],
+}
+TOKENS = {"decode": 3, "prefill": 76, "verify": 16}
+TREES = {"verify": [(-1, 0, 0, 1, 2, 4, 4, -1), (-1, 0, 1, 1, 0)]}
+WINDOWS = {"verify": 2}  # blocks that dense rows see
 
 
 @dataclass(frozen=True)
@@ -140,23 +147,21 @@ class _Step:
     known: Arrays  # the same for the meaning, which looks at columns of the page table that lead nowhere
     pages: int
     sizes: dict[str, float]
+    window: int
 
 
-def _attention_step(rng: np.random.Generator, dtype: np.dtype, step: Step, heads: int, dim: int) -> _Step:
+def _attention_step(rng: np.random.Generator, dtype: np.dtype, step: Step, heads: int, dim: int, window: int) -> _Step:
     tokens, kv_heads = len(step.positions), 2
     angles = rng.uniform(0, 6, (tokens, dim // 2))
     inputs = {
         "qkv": rng.normal(size=(tokens, (heads + 2 * kv_heads) * dim)).astype(dtype),
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
-        "positions": step.positions,
-        "query_start": step.query_start,
-        "page_table": step.page_table,
+        **step.buffers,
     }
     known = {**inputs, "page_table": np.minimum(step.page_table, step.pages - 1)}
-    return _Step(
-        inputs, known, step.pages, {"num_heads": heads, "num_kv_heads": kv_heads, "scale": attribute(dim**-0.5)}
-    )
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "scale": attribute(dim**-0.5)}
+    return _Step(inputs, known, step.pages, sizes, window)
 
 
 def _pools(pool: np.ndarray, scales: np.ndarray | None, suffix: str = "") -> Arrays:
@@ -167,11 +172,11 @@ def _pools(pool: np.ndarray, scales: np.ndarray | None, suffix: str = "") -> Arr
 
 
 def _dense_sample(step: _Step, pool: np.ndarray, scales: np.ndarray | None, close: dict[str, float]) -> Sample:
-    before = _pools(pool, scales)
-    output = paged_attention(pool=pool, kv_scales=scales, **step.known, **step.sizes)
+    before, sizes = _pools(pool, scales), {**step.sizes, "window": step.window}
+    output = paged_attention(pool=pool, kv_scales=scales, **step.known, **sizes)
     operator = PagedAttention if scales is None else PagedAttentionInt8
     expected = {"output": output, **_pools(pool, scales, "_out")}
-    return Sample(operator(head_dim=pool.shape[-1], **step.sizes), {**step.inputs, **before}, expected, **close)
+    return Sample(operator(head_dim=pool.shape[-1], **sizes), {**step.inputs, **before}, expected, **close)
 
 
 def _sparse_sample(
@@ -206,8 +211,8 @@ def _attention_samples(rng: np.random.Generator, element: str, kind: str) -> lis
     dtype, kv_heads = DTYPES[element], 2
     group, dim, use_nope = {"float16": (16, 128, False), "bfloat16": (8, 64, True)}[element]
     close = {"absolute": {"float16": 3e-3, "bfloat16": 2e-2}[element], "relative": 2 * UNIT[element]}
-    pages = make_step(rng, STEPS[kind])
-    step = _attention_step(rng, dtype, pages, group * kv_heads, dim)
+    pages = make_step(rng, STEPS[kind], trees=TREES.get(kind, ()))
+    step = _attention_step(rng, dtype, pages, group * kv_heads, dim, WINDOWS.get(kind, 0))
     pool = past_pool(rng, pages, 2, kv_heads, dim, dtype)
     dense = [_dense_sample(step, *one, close) for one in ((pool.copy(), None), quantise_pool(pool))]
     pool = past_pool(rng, pages, 3 if use_nope else 2, kv_heads, dim, dtype)

@@ -9,6 +9,7 @@ from plugins import PAGE_TOKENS
 from plugins.infllmv2.launch import score_coarse, score_fine, select
 from plugins.infllmv2.launch import scratch as sparse_scratch
 from plugins.infllmv2.meaning import block_scores, masked_attention, select_blocks, stored_windows, window_scores
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.launch import AttentionShape, attend_split, choose_splits, combine, scratch
 from plugins.paged_attention.pages import from_device, to_device
 from plugins.vectors import ELEMENTS, poisoned
@@ -29,8 +30,11 @@ def test_decode_at_131072_tokens(route: str) -> None:
         "c1_pool": rng.normal(size=(PAGES, 1, 4, DIM)).astype(dtype),
         "c2_pool": rng.normal(size=(PAGES, 1, 1, DIM)).astype(dtype),
         "positions": np.array([TOKENS - 1], np.int32),
+        "slots": np.array([TOKENS - 1], np.int32),
         "query_start": np.array([0, 1], np.int32),
         "page_table": rng.permutation(PAGES).astype(np.int32)[None],
+        "tree_start": np.array([NO_TREE], np.int32),
+        "tree_mask": np.zeros(1, np.uint64),
         "switch_length": np.array([TOKENS], np.int32),
         "sparse_settings": SETTINGS,
     }
@@ -46,7 +50,7 @@ def test_decode_at_131072_tokens(route: str) -> None:
     c2 = stored_windows(inputs["c2_pool"], pages, TOKENS // 64 - 1)
     scores = block_scores(window_scores(q, c1, c2, inputs["positions"], scale), PAGES)
     chosen = select_blocks(scores, inputs["positions"], *SETTINGS[1:])[0, 0]
-    blocks = buffers["blocks"][0, 0]
+    blocks = buffers["blocks"][0, 0, :96]  # a tree would need the columns after them
     assert buffers["block_counts"][0, 0] == 96
     assert np.array_equal(blocks, np.flatnonzero(chosen))  # no near tie at the cut in this data
     held = from_device({"kv_pool": buffers["kv_pool"][pages[blocks]]}).swapaxes(0, 1)  # [planes, blocks, 1, 64, d]

@@ -22,9 +22,7 @@ def run_append(route: str, seed: int, shape: AttentionShape, step: Step, pool: n
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
         "q": poisoned((shape.tokens, shape.heads, shape.head_dim), qkv.dtype),
-        "positions": step.positions,
-        "query_start": step.query_start,
-        "page_table": step.page_table,
+        **step.buffers,
         **to_device(pool, shape.kv_element),
     }
     run_route(route, [append(shape)], buffers, seed)
@@ -43,7 +41,8 @@ def close(actual: np.ndarray, expected: np.ndarray, element: str) -> bool:
 def test_append(route: str, element: str, kv: str) -> None:
     for index, (head_dim, heads, kv_heads, use_nope) in enumerate([(64, 6, 2, False), (128, 3, 1, True)]):
         rng = np.random.default_rng(index)
-        step = make_step(rng, [(60, 9), (0, 0), (63, 1), (0, 2), (128, 1)])
+        sequences = [(60, 9), (0, 0), (63, 1), (0, 2), (128, 1)]
+        step = make_step(rng, sequences, trees=[(-1, 0, -1, 2, 1, 1, 1)])  # a tree over two pages
         kv_element = "uint8_t" if kv == "int8" else element
         tokens = len(step.positions)
         shape = AttentionShape(
@@ -64,7 +63,7 @@ def check(shape: AttentionShape, step: Step, pool: np.ndarray, qkv: np.ndarray, 
     rotated = rotate(k, buffers["cos"], buffers["sin"])
     for b in range(step.sequences):
         for row in step.rows(b):
-            page, slot = step.page_table[b, step.positions[row] // PAGE], step.positions[row] % PAGE
+            page, slot = step.page_table[b, step.slots[row] // PAGE], step.slots[row] % PAGE
             new[page, slot] = True
             planes = [rotated[row], v[row], k[row]][: shape.planes]
             expected[page, :, :, slot] = np.stack(planes).astype(np.float32)

@@ -1,4 +1,4 @@
-"""attend.cu against numpy: dense, sparse, tree-masked; over tile and page edges; every route and schedule.
+"""attend.cu against numpy: dense, in a window, sparse, tree-masked; over tile and page edges; every route, schedule.
 
 The oracle computes in float32 from the rotated queries and from keys and values as the pool holds them. A kernel rounds
 probabilities (at most 1) to the element type before it multiplies values of about 1, and the result once more: half
@@ -15,8 +15,9 @@ import pytest
 
 from edge.errors import UsageError
 from plugins import PAGE_TOKENS
-from plugins.infllmv2.meaning import masked_attention
+from plugins.infllmv2.meaning import masked_attention, tree_blocks
 from plugins.launch import Launch
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.launch import (
     AttentionShape,
     attend_split,
@@ -27,7 +28,8 @@ from plugins.paged_attention.launch import (
     scratch,
 )
 from plugins.paged_attention.meaning import gather
-from plugins.paged_attention.pages import Step, from_device, make_step, to_device
+from plugins.paged_attention.meaning import visible_keys as visible_slots
+from plugins.paged_attention.pages import Step, Trees, from_device, make_step, to_device
 from plugins.vectors import ELEMENTS, poisoned
 from tests.cuda_pages import past_pool
 from tests.cuda_routes import ROUTES, SEEDS, run_route
@@ -44,26 +46,35 @@ class Problem:
     expected: np.ndarray
 
 
+def random_tree(rng: np.random.Generator, nodes: int) -> tuple[int, ...]:
+    """Each node's parent; -1 is the token before the tree."""
+    return tuple(int(rng.integers(max(-1, i - 6), i)) for i in range(nodes))
+
+
+def see_later(rng: np.random.Generator, step: Step) -> None:
+    """Set bits of tokens after the rows, which must not matter."""
+    masks = step.tree_mask.view(np.uint64)[:, 0]
+    for b in range(step.sequences):
+        for row in step.rows(b):
+            if (node := step.slots[row] - step.tree_start[b]) >= 0:
+                masks[row] |= rng.integers(0, 2**63, dtype=np.uint64) >> np.uint64(node) << np.uint64(node + 1)
+
+
 def visible_keys(rng: np.random.Generator, step: Step, b: int, shape: AttentionShape, inputs: dict) -> np.ndarray:
-    """[Hkv, new tokens, length] bool; writes the choice of blocks and the tree masks into `inputs`."""
-    rows, positions = step.rows(b), step.positions[step.rows(b)]
-    keys = np.arange(positions[-1] + 1)
-    visible = np.broadcast_to(keys <= positions[:, None], (shape.kv_heads, len(rows), len(keys))).copy()
-    if shape.tree:
-        seen = np.eye(len(rows), dtype=bool)
-        for i in range(1, len(rows)):
-            seen[i] |= seen[rng.integers(0, i)]  # of its parent
-        later = rng.integers(0, 2, (len(rows), 64), dtype=np.uint64) << np.arange(64, dtype=np.uint64)
-        for i, row in enumerate(rows):
-            bits = int(np.bitwise_or.reduce(later[i])) >> (i + 1) << (i + 1)  # of later tokens: no matter
-            inputs["tree_mask"][row] = bits | sum(1 << int(j) for j in np.flatnonzero(seen[i]))
-        visible[:, :, positions[0] :] &= seen[None]
+    """[Hkv, new tokens, length] bool; writes the choice of blocks into `inputs`."""
+    rows = step.rows(b)
+    keys, own = np.arange(step.slots[rows][-1] + 1), step.positions[rows] // PAGE_TOKENS
+    seen = visible_slots(step.slots[rows], int(step.tree_start[b]), step.tree_mask[rows], len(keys))
+    if shape.window:
+        seen &= keys // PAGE_TOKENS > own[:, None] - shape.window
+    visible = np.broadcast_to(seen, (shape.kv_heads, *seen.shape)).copy()
     if shape.limit and b % 2 == 0:  # odd sequences stay dense
+        in_tree = tree_blocks(step.slots[rows], int(step.tree_start[b]), len(keys))
         for t, row in enumerate(rows):
-            own = positions[t] // PAGE_TOKENS
             for head in range(shape.kv_heads):
-                count = min(own + 1, shape.limit)
-                chosen = np.sort(np.append(rng.permutation(own)[: count - 1], own))
+                count = min(own[t] + 1, shape.limit)
+                chosen = np.append(rng.permutation(own[t])[: count - 1], own[t])
+                chosen = np.unique(np.append(chosen, np.flatnonzero(in_tree[t])))
                 inputs["blocks"][row, head, : len(chosen)] = chosen
                 inputs["block_counts"][row, head] = len(chosen)
                 visible[head, t] &= np.isin(keys // PAGE_TOKENS, chosen)
@@ -71,28 +82,32 @@ def visible_keys(rng: np.random.Generator, step: Step, b: int, shape: AttentionS
 
 
 def make_problem(
-    seed: int, sequences: Sequence[tuple[int, int]], q_scale: float = 1.5, **shape_fields: object
+    seed: int,
+    sequences: Sequence[tuple[int, int]],
+    q_scale: float = 1.5,
+    trees: Trees = (),
+    earlier: int = 0,
+    **shape_fields: object,
 ) -> Problem:
+    """earlier: by so many slots all trees begin before their first node."""
     rng = np.random.default_rng(seed)
-    step = make_step(rng, list(sequences))
+    step = make_step(rng, list(sequences), trees=trees)
+    see_later(rng, step)
+    step = replace(step, tree_start=np.where(step.tree_start == NO_TREE, NO_TREE, step.tree_start - np.int32(earlier)))
     tokens = len(step.positions)
     shape = AttentionShape(tokens, step.sequences, step.page_table.shape[1], **shape_fields)
     dtype = ELEMENTS[shape.element]
     # The pool already has the new tokens: what append does is tested on its own.
-    whole = Step(step.positions, step.query_start, step.page_table, step.pages)
-    pool = past_pool(rng, whole, shape.planes, shape.kv_heads, shape.head_dim, np.dtype(np.float32))
+    pool = past_pool(rng, step, shape.planes, shape.kv_heads, shape.head_dim, np.dtype(np.float32))
     for b in range(step.sequences):
-        for i in step.positions[step.rows(b)]:
+        for i in step.slots[step.rows(b)]:
             new = rng.normal(size=(shape.planes, shape.kv_heads, shape.head_dim))
             pool[step.page_table[b, i // PAGE_TOKENS], :, :, i % PAGE_TOKENS] = new
     inputs = {
         "q": (q_scale * rng.normal(size=(tokens, shape.heads, shape.head_dim))).astype(dtype),
-        "positions": step.positions,
-        "query_start": step.query_start,
-        "page_table": step.page_table,
-        "blocks": np.full((tokens, shape.kv_heads, max(shape.limit, 1)), -1, np.int32),
+        **step.buffers,
+        "blocks": np.full((tokens, shape.kv_heads, max(shape.columns, 1)), -1, np.int32),
         "block_counts": np.zeros((tokens, shape.kv_heads), np.int32),
-        "tree_mask": np.zeros(tokens, np.uint64),
         **to_device(pool.astype(dtype), shape.kv_element),
     }
     held = from_device(inputs)
@@ -153,11 +168,27 @@ def problems_of(element: str, kv: str, head_dim: int) -> list[tuple[Problem, int
         problems += [(dense, 0), (dense, 2)]
     sparse = make_problem(7, [(300, 3), (10, 2), (0, 5), (511, 1)], heads=32, kv_heads=2, limit=3, **base)
     single = make_problem(8, [(200, 2), (3, 2)], heads=2, kv_heads=2, use_nope=True, **base)
-    tree = make_problem(9, [(60, 12), (0, 9), (130, 1)], heads=16, kv_heads=2, tree=True, **base)
-    both = make_problem(10, [(250, 20)], heads=16, kv_heads=1, tree=True, limit=2, **base)
     deep = make_problem(11, [(699, 2)], heads=4, kv_heads=1, **base)  # more blocks than a split has warps
-    with_splits = [(deep, 2), (sparse, 1), (sparse, 3), (tree, 2), (both, 1)]
-    return [*problems, *with_splits, *((problem, 0) for problem in (sparse, single, tree, both))]
+    with_splits = [(deep, 2), (sparse, 1), (sparse, 3)]
+    others = problems_with_trees(**base)
+    return [*problems, *with_splits, *((problem, 0) for problem in (sparse, single)), *others]
+
+
+def problems_with_trees(**base: object) -> list[tuple[Problem, int]]:
+    """Beside plain sequences; on two pages, of all 64 bits; levels of a draft, whose tree began in earlier steps."""
+    rng = np.random.default_rng(1)
+    some = [random_tree(rng, 11), random_tree(rng, 8), (), random_tree(rng, 64)]
+    tree = make_problem(9, [(60, 12), (0, 9), (130, 1), (101, 65)], trees=some, heads=16, kv_heads=2, **base)
+    both = make_problem(
+        10, [(250, 20), (69, 9)], trees=[random_tree(rng, 19)] * 2, heads=16, kv_heads=1, limit=2, **base
+    )
+    levels = [random_tree(rng, nodes) for nodes in (30, 12, 64)]
+    fields = {"heads": 8, "kv_heads": 2, **base}
+    level = make_problem(12, [(150, 10), (70, 6), (190, 10)], trees=levels, **fields)
+    narrow = make_problem(13, [(250, 20), (120, 10), (63, 2)], window=1, trees=levels[:2], **fields)
+    wide = make_problem(14, [(699, 2), (319, 1), (40, 3), (100, 9)], window=3, **fields)
+    by_tile = [(problem, 0) for problem in (tree, both, level, narrow, wide)]
+    return [*by_tile, (tree, 2), (both, 1), (level, 2), (narrow, 1), (wide, 2)]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -178,10 +209,10 @@ def test_attention_of_every_group(route: str, group: int) -> None:
     for seed in range(4):
         sequences = [(int(rng.integers(0, 300)), int(rng.integers(0, 40))) for _ in range(3)]
         sequences.append((int(rng.integers(0, 300)), 1))  # a step has at least one token
-        limit, tree = (0, 3)[seed % 2], seed >= 2
+        trees = [random_tree(rng, min(new, past + new - 1)) for past, new in sequences] if seed >= 2 else ()
         kv_element = ("half", "uint8_t")[(seed + group) % 2]
-        fields = {"head_dim": (64, 128)[group % 2], "kv_element": kv_element, "limit": limit, "tree": tree}
-        problem = make_problem(seed, sequences, heads=2 * group, kv_heads=2, **fields)
+        fields = {"head_dim": (64, 128)[group % 2], "kv_element": kv_element, "limit": (0, 3)[seed % 2]}
+        problem = make_problem(seed, sequences, trees=trees, heads=2 * group, kv_heads=2, **fields)
         run_problems(route, seed, [(problem, 0), (problem, 2)])
 
 
@@ -205,9 +236,16 @@ def test_decode_reads_each_key_and_value_once(route: str, kv: str, head_dim: int
 
 @pytest.mark.parametrize("splits", [0, 1])
 def test_a_row_that_sees_nothing_is_zero(splits: int) -> None:
-    problem = make_problem(0, [(0, 1)], heads=2, kv_heads=1, head_dim=64, tree=True)
-    problem.buffers["tree_mask"][:] = 0
+    problem = make_problem(0, [(0, 1)], heads=2, kv_heads=1, head_dim=64)
+    problem.buffers["tree_start"][:] = 0
     run_problems("fast", 0, [(replace(problem, expected=np.zeros_like(problem.expected)), splits)])
+
+
+@pytest.mark.parametrize("splits", [0, 2])
+def test_slots_without_a_bit_are_not_seen(splits: int) -> None:
+    tree = random_tree(np.random.default_rng(2), 64)
+    problem = make_problem(15, [(60, 64), (190, 70)], trees=[tree] * 2, earlier=30, heads=4, kv_heads=2, head_dim=64)
+    run_problems("fast", 0, [(problem, splits)])
 
 
 @pytest.mark.parametrize("kv_element", ["half", "uint8_t"])

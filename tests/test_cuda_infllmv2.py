@@ -17,6 +17,7 @@ from plugins import PAGE_TOKENS
 from plugins.infllmv2 import meaning
 from plugins.infllmv2.launch import compress, score_coarse, score_fine, scratch, select
 from plugins.launch import Launch
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.launch import AttentionShape
 from plugins.vectors import ELEMENTS, poisoned
 from tests.cuda_routes import ROUTES, SEEDS, run_route
@@ -25,12 +26,17 @@ from tests.test_infllmv2_edges import GOLDEN, GOLDEN_TIES, golden_heads
 Buffers = dict[str, np.ndarray]
 NO_PAGE = 1 << 20
 WINDOWS = {"c1_pool": meaning.FINE, "c2_pool": meaning.COARSE}
+TREE = tuple(int(np.random.default_rng(i).integers(max(-1, i - 6), i)) for i in range(64))
+CHAIN = tuple(range(-1, 63))
 EDGES = (1, 15, 16, 31, 32, 47, 63, 64, 127, 128, 129, 191, 192, 1000, 2100)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Sequence b has past[b] tokens in the cache and new[b] in this step, which `padding` tokens of nobody end."""
+    """Sequence b has past[b] tokens in the cache and new[b] in this step, which `padding` tokens of nobody end.
+
+    trees[b]: the parents, -1 or earlier nodes, of its last tokens, which are a tree.
+    """
 
     past: tuple[int, ...]
     new: tuple[int, ...]
@@ -48,6 +54,7 @@ class Step:
     switch: tuple[int, ...] | None = None
     padding: int = 0
     seed: int = 0
+    trees: tuple[tuple[int, ...], ...] = ()
 
     @property
     def shape(self) -> AttentionShape:
@@ -78,6 +85,19 @@ class Step:
 
     def rows(self, b: int) -> slice:
         return slice(sum(self.new[:b]), sum(self.new[: b + 1]))
+
+    def tree_start(self, b: int) -> int:
+        nodes = len(self.trees[b]) if b < len(self.trees) else 0
+        return self.lengths[b] - nodes if nodes else NO_TREE
+
+    def slots(self, b: int) -> np.ndarray:
+        return np.arange(self.past[b], self.lengths[b])
+
+    def positions(self, b: int) -> np.ndarray:
+        start, depths = self.tree_start(b), []
+        for parent in self.trees[b] if start != NO_TREE else ():
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return np.array([slot if slot < start else start + depths[slot - start] for slot in self.slots(b)], int)
 
     def launches(self) -> list[Launch]:
         shape = self.shape
@@ -119,15 +139,16 @@ def make_buffers(step: Step) -> Buffers:
     for b, count in enumerate(used):
         table[b, :count] = order[sum(used[:b]) :][:count]
     pool = (len(order), 3 if step.use_nope else 2, step.kv_heads, PAGE_TOKENS)
-    positions = [np.arange(p, n) for p, n in zip(step.past, step.lengths, strict=True)]
-    positions.append(np.full(step.padding, 191))  # where windows of both kinds end
+    sequences, padding = range(len(used)), [np.full(step.padding, 191)]  # where windows of both kinds end
     q_heads = shape.heads + (2 * step.kv_heads if step.use_nope else 0)
     buffers = {
         "kv_pool": poisoned((*pool, step.dim), np.dtype(np.uint8) if step.int8 else dtype),
         "kv_scales": np.full(pool, np.nan, np.float32),
         **{name: poisoned((pool[0], pool[2], PAGE_TOKENS // s, step.dim), dtype) for name, (_, s) in WINDOWS.items()},
         "qkv" if step.use_nope else "q": rng.standard_normal((shape.tokens, q_heads, step.dim)).astype(dtype),
-        "positions": np.concatenate(positions).astype(np.int32),
+        "positions": np.concatenate([*map(step.positions, sequences), *padding]).astype(np.int32),
+        "slots": np.concatenate([*map(step.slots, sequences), *padding]).astype(np.int32),
+        "tree_start": np.array([step.tree_start(b) for b in sequences], np.int32),
         "query_start": np.cumsum([0, *step.new]).astype(np.int32),
         "page_table": table,
         "switch_length": np.array(step.switch or step.lengths, np.int32),
@@ -138,7 +159,7 @@ def make_buffers(step: Step) -> Buffers:
         write_keys(step, buffers, rng.standard_normal((length, step.kv_heads, step.dim)), b)
     keys = stored_keys(step, buffers)
     for b, past in enumerate(step.past):
-        fill_windows(step, buffers, keys, b, np.arange(past))
+        fill_windows(step, buffers, keys, b, np.arange(min(past, step.tree_start(b))))
     return buffers
 
 
@@ -147,11 +168,11 @@ def check_windows(step: Step, before: Buffers, after: Buffers) -> None:
     keys = stored_keys(step, before).astype(np.float64)
     exact = {name: np.zeros(before[name].shape) for name in WINDOWS}
     written = {name: np.zeros(before[name].shape, bool) for name in WINDOWS}
-    for b, (past, length) in enumerate(zip(step.past, step.lengths, strict=True)):
+    for b, pages in enumerate(before["page_table"]):
+        slots = step.slots(b)[step.slots(b) < step.tree_start(b)]
         for name, sizes in WINDOWS.items():
-            pages, positions = before["page_table"][b], np.arange(past, length)
-            meaning.compress(exact[name], keys, pages, positions, *sizes)
-            meaning.compress(written[name], np.ones_like(keys), pages, positions, *sizes)
+            meaning.compress(exact[name], keys, pages, slots, *sizes)
+            meaning.compress(written[name], np.ones_like(keys), pages, slots, *sizes)
     for name, touched in written.items():
         assert after[name][~touched].tobytes() == before[name][~touched].tobytes(), f"{name}: wrote another window"
         right, kept = exact[name][touched], after[name][touched].astype(np.float64)
@@ -161,7 +182,8 @@ def check_windows(step: Step, before: Buffers, after: Buffers) -> None:
 
 def expected_scores(step: Step, buffers: Buffers, b: int) -> np.ndarray:
     """[Hkv, new, blocks] of sequence b, from the windows in `buffers`."""
-    length, pages, positions = step.lengths[b], buffers["page_table"][b], buffers["positions"][step.rows(b)]
+    length, pages = step.lengths[b], buffers["page_table"][b]
+    last = np.minimum(step.positions(b), step.tree_start(b) - 1)
     queries = buffers["qkv" if step.use_nope else "q"][step.rows(b), : step.group * step.kv_heads]
     blocks = -(-length // PAGE_TOKENS)
     kept = (
@@ -169,7 +191,7 @@ def expected_scores(step: Step, buffers: Buffers, b: int) -> np.ndarray:
         for name, sizes in WINDOWS.items()
     )
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = meaning.window_scores(queries, *kept, positions, step.scale)
+        scores = meaning.window_scores(queries, *kept, last, step.scale)
     return meaning.block_scores(scores, blocks)
 
 
@@ -179,23 +201,25 @@ def pooled(buffers: Buffers, row: int, head: int, blocks: int) -> np.ndarray:
     return np.maximum(own, np.append(first[1:], np.float32(0)))
 
 
-def check_row(step: Step, buffers: Buffers, row: int, expected: np.ndarray) -> None:
+def check_row(step: Step, buffers: Buffers, b: int, row: int, expected: np.ndarray) -> None:
     """expected: [Hkv, blocks] scores; the chosen blocks must be exactly those of the kernel's own scores."""
-    position = int(buffers["positions"][row])
-    own = position // PAGE_TOKENS
+    position, start = int(buffers["positions"][row]), step.tree_start(b)
+    own, scored = position // PAGE_TOKENS, min(position, start - 1) // PAGE_TOKENS
+    in_tree = np.flatnonzero(meaning.tree_blocks(buffers["slots"][row : row + 1], start, expected.shape[-1])[0])
     untouched = buffers["block_scores"][row].view(np.uint8) == 0xFF
     for head in range(step.kv_heads):
         if own < step.selected:
             assert untouched.all(), "a row that keeps all blocks needs no scores"
             chosen = np.arange(own + 1)
         else:
-            scores = pooled(buffers, row, head, own + 1)
+            scores = np.pad(pooled(buffers, row, head, scored + 1), (0, own - scored))
             np.testing.assert_allclose(scores, expected[head, : own + 1], rtol=1e-4, atol=1e-30)
             chosen = np.flatnonzero(
                 meaning.select_blocks(scores[None, None], np.array([position]), *step.settings[1:])[0, 0]
             )
+        chosen = np.union1d(chosen, in_tree)
         assert buffers["block_counts"][row, head] == len(chosen)
-        padded = np.pad(chosen, (0, step.limit - len(chosen)), constant_values=-1)
+        padded = np.pad(chosen, (0, step.shape.columns - len(chosen)), constant_values=-1)
         np.testing.assert_array_equal(buffers["blocks"][row, head], padded)
 
 
@@ -218,7 +242,7 @@ def check_step(step: Step, before: Buffers, after: Buffers) -> None:
             continue
         expected = expected_scores(step, after, b)
         for i, row in enumerate(range(rows.start, rows.stop)):
-            check_row(step, after, row, expected[:, i])
+            check_row(step, after, b, row, expected[:, i])
 
 
 def run_step(route: str, step: Step, buffers: Buffers, seed: int = 0) -> Buffers:
@@ -241,6 +265,27 @@ STEPS = {
     "prefill 3": replace(PREFILL, group=3, use_nope=True, init=2),
     "prefill 1": replace(PREFILL, group=1, kv_heads=1, int8=True, use_nope=True),
     "chunks": Step((8190, 700), (3, 1), group=2, kv_heads=1, init=3, local=5, selected=20, limit=20),
+    # Trees that begin on a page's first token and last one, before and after a block is first lost, and of 64 tokens;
+    # the last two began in earlier steps.
+    "trees": Step(
+        (319, 1023, 511, 318, 500, 447, 1000),
+        (12, 9, 65, 3, 2, 20, 17),
+        local=0,
+        selected=4,
+        trees=(TREE[:12], TREE[:8], TREE, (), TREE[:1], TREE[:63], TREE[:24]),
+        padding=2,
+    ),
+    "trees of tokens": Step(
+        (600, 319, 255),
+        (9, 5, 3),
+        dim=128,
+        group=16,
+        local=1,
+        selected=4,
+        use_nope=True,
+        trees=(TREE[:8], TREE[:5], TREE[:2]),
+    ),
+    "chains": Step((1000, 320), (60, 40), group=3, int8=True, local=0, selected=5, trees=(CHAIN[:59], CHAIN[:40])),
     "first to lose a block": Step((999,), (45,), selected=16, limit=16),  # the second of a pair
     "switch": Step(
         (300, 399, 600, 500), (20, 1, 2, 21), group=11, dense_len=401, switch=(500, 400, 602, 401), local=0, selected=3
@@ -256,6 +301,16 @@ def test_steps(name: str, route: str) -> None:
     check_step(STEPS[name], before, results[0])
     for other in results[1:]:
         assert all(other[name].tobytes() == array.tobytes() for name, array in results[0].items())
+
+
+@pytest.mark.parametrize("name", ["trees", "chains"])
+def test_scores_that_were_never_written_choose_nothing(name: str) -> None:
+    """Behind a tree's start there are none, but what an earlier step left there."""
+    before = make_buffers(STEPS[name])
+    stale = before | {"block_scores": np.full_like(before["block_scores"], 1e30)}
+    fresh, other = (run_step("fast", STEPS[name], one) for one in (before, stale))
+    for chosen in ("blocks", "block_counts"):
+        np.testing.assert_array_equal(fresh[chosen], other[chosen])
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill 8", "prefill 3"])
@@ -358,13 +413,14 @@ def test_scoring_reads_little_more_than_the_windows() -> None:
     pages = step.shape.table_width - 1
     table = np.append(rng.permutation(pages), NO_PAGE).astype(np.int32)
     small = replace(step, past=(0,))
-    buffers = make_buffers(small) | {"page_table": table[None], "positions": np.array([length - 1], np.int32)}
+    last = np.array([length - 1], np.int32)
+    buffers = make_buffers(small) | {"page_table": table[None], "positions": last, "slots": last}
     for name, (_, stride) in WINDOWS.items():
         buffers[name] = rng.standard_normal((pages, 1, PAGE_TOKENS // stride, 128)).astype(np.float16)
     buffers |= {name: poisoned(*output) for name, output in scratch(step.shape).items()}
     report = run_route("race", step.launches()[1:], buffers)
     expected = expected_scores(step, buffers, 0)
-    check_row(step, buffers, 0, expected[:, 0])
+    check_row(step, buffers, 0, 0, expected[:, 0])
     windows = sum(meaning.window_count(length, *sizes) for sizes in WINDOWS.values())
     read = sum(report.read[name] for name in ("q", *WINDOWS))
     assert read <= 1.05 * (windows + step.group) * 128 * 2

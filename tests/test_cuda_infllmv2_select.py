@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plugins import PAGE_TOKENS
 from plugins.infllmv2 import meaning
 from plugins.infllmv2.launch import scratch, select
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.launch import AttentionShape
 from tests.cuda_cases import Case, run_cases
 from tests.cuda_routes import ROUTES, SEEDS
@@ -22,6 +23,7 @@ def selection(scores: np.ndarray, own: np.ndarray, *sizes: int, limit: int) -> C
 
     A score is a value of its own block or of the next one; what lies behind a row's own block was never written.
     """
+    positions = (own * PAGE_TOKENS + np.arange(len(own)) % PAGE_TOKENS).astype(np.int32)
     heads, rows, blocks = scores.shape
     shape = AttentionShape(rows, rows, blocks, heads, heads, 64, limit=limit)
     lower = scores * np.random.default_rng(blocks).random(scores.shape, np.float32)
@@ -34,7 +36,9 @@ def selection(scores: np.ndarray, own: np.ndarray, *sizes: int, limit: int) -> C
     stored[:, :, :blocks] = values.swapaxes(0, 1)
     inputs = {
         "block_scores": stored,
-        "positions": (own * PAGE_TOKENS + np.arange(rows) % PAGE_TOKENS).astype(np.int32),
+        "positions": positions,
+        "slots": positions,
+        "tree_start": np.full(rows, NO_TREE, np.int32),
         "query_start": np.arange(rows + 1, dtype=np.int32),
         "switch_length": np.zeros(rows, np.int32),
         "sparse_settings": np.array([-1, *sizes], np.int32),
@@ -53,7 +57,8 @@ def check_selections(
         for head, row in np.ndindex(chosen.shape[:2]):
             expected = np.flatnonzero(chosen[head, row])
             assert result.outputs["block_counts"][row, head] == len(expected), case.name
-            padded = np.pad(expected, (0, sizes[2] + 3 - len(expected)), constant_values=-1)
+            columns = result.outputs["blocks"].shape[-1]
+            padded = np.pad(expected, (0, columns - len(expected)), constant_values=-1)
             np.testing.assert_array_equal(result.outputs["blocks"][row, head], padded, case.name)
 
 

@@ -18,6 +18,7 @@ from plugins.launch import Launch
 from plugins.linear.launch import LinearShape, best_parts, head, linear
 from plugins.linear.meaning import weights as weights_of
 from plugins.linear.pack import pack_codes, pack_scales
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.launch import AttentionShape, append, attend_split, attend_tiles, combine, scratch
 from plugins.rms_norm.launch import add_rms_norm, rms_norm
 from plugins.rms_norm.meaning import rms_norm as rms_norm_meaning
@@ -141,7 +142,10 @@ def step_buffers(ids: np.ndarray, start: int, splits: int) -> dict[str, np.ndarr
         **{name: poisoned(*form) for name, form in room.items()},
         "ids": ids.astype(np.int32),
         "positions": np.arange(start, start + tokens, dtype=np.int32),
+        "slots": np.arange(start, start + tokens, dtype=np.int32),
         "query_start": np.array([0, tokens], np.int32),
+        "tree_start": np.array([NO_TREE], np.int32),
+        "tree_mask": np.zeros((tokens, 2), np.int32),
         "page_table": np.random.default_rng(3).permutation(PAGES).astype(np.int32)[None],
         "switch_length": np.array([start + tokens], np.int32),
         "sparse_settings": SETTINGS,
@@ -179,7 +183,8 @@ class Oracle:
         tables = rope_tables(10000.0, [1.0] * (DIM // 2), [1.0] * (DIM // 2))
         cos, sin = rope_meaning(step["positions"], step["query_start"], None, tables, 0, 1.0)
         hidden = dense["embedding"][step["ids"]] * np.float32(EMBEDDING_SCALE)
-        names = ("positions", "query_start", "page_table", "switch_length", "sparse_settings")
+        names = ("positions", "slots", "query_start", "page_table", "tree_start", "tree_mask")
+        names += ("switch_length", "sparse_settings")
         for layer in range(LAYERS):
             normed = rms_norm_meaning(hidden, dense[f"input{layer}"], epsilon)
             attended = infllmv2_attention(

@@ -22,11 +22,11 @@ from onnx.reference import ReferenceEvaluator
 from plugins import PAGE_TOKENS
 from plugins.infllmv2.meaning import infllmv2_attention
 from tests.operators import HOW, KERNELS, Feeds, bind_pool, from_pages, one_node, session, to_pages
-from tests.test_paged_attention import Ragged, make_feeds, rotated64
+from tests.test_paged_attention import RANKS, STEP, Ragged, make_feeds, random_trees, rotated64
 
 POOLS = ("kv_pool", "c1_pool", "c2_pool")
 WINDOWS = {"c1_pool": (32, 16), "c2_pool": (128, 64)}
-INDICES = ("positions", "query_start", "page_table", "switch_length", "sparse_settings")
+INDICES = (*STEP, "switch_length", "sparse_settings")
 INPUTS = ("qkv", "cos", "sin", *POOLS, *INDICES)
 Result = tuple[np.ndarray, ...]  # output, then the three pools
 
@@ -44,7 +44,7 @@ class Sparse(Ragged):
 
 
 def model_bytes(case: Sparse, dtype: str = "float32") -> bytes:
-    ranks = {"qkv": 2, "cos": 2, "sin": 2, "kv_pool": 5, "c1_pool": 4, "c2_pool": 4, "page_table": 2}
+    ranks = {"qkv": 2, "cos": 2, "sin": 2, "kv_pool": 5, "c1_pool": 4, "c2_pool": 4, **RANKS}
     types = {"qkv": dtype, "cos": "float32", "sin": "float32"} | dict.fromkeys(POOLS, case.pool)
     return one_node(
         "InfLLMv2Attention",
@@ -85,8 +85,8 @@ def sparse_feeds(case: Sparse) -> Feeds:
     for name, (_, stride) in WINDOWS.items():
         shape = len(pool), case.kv_heads, PAGE_TOKENS // stride, case.dim
         feeds[name] = np.full(shape, np.nan, case.pool)
-        for table, past in zip(feeds["page_table"], case.past, strict=True):
-            fill_windows(feeds, name, table, np.arange(past))
+        for table, past, start in zip(feeds["page_table"], case.past, feeds["tree_start"], strict=True):
+            fill_windows(feeds, name, table, np.arange(min(past, start)))
     lengths = case.switch or np.add(case.past, case.new)
     feeds["switch_length"] = np.asarray(lengths, np.int32)
     feeds["sparse_settings"] = np.array([case.dense_len, case.init, case.local, case.selected], np.int32)
@@ -109,9 +109,9 @@ def block_choices(scores: list[float], selected: int, margin: float) -> Iterator
             yield tuple(sorted([*certain, *some]))
 
 
-def scores_of_blocks(case: Sparse, q: np.ndarray, c1: np.ndarray, c2: np.ndarray, i: int) -> list[float]:
-    """Blocks 0..i // 64 of one KV head; q [G, d], c1 [n1, d], c2 [n2, d]."""
-    own, v1, v2 = i // 64, max(0, (i + 1 - 32) // 16 + 1), max(0, (i + 1 - 128) // 64 + 1)
+def scores_of_blocks(case: Sparse, q: np.ndarray, c1: np.ndarray, c2: np.ndarray, i: int, n: int) -> list[float]:
+    """Blocks 0..i // 64 of one KV head, by the windows among n tokens; q [G, d], c1 [n1, d], c2 [n2, d]."""
+    own, v1, v2 = i // 64, max(0, (n - 32) // 16 + 1), max(0, (n - 128) // 64 + 1)
     s = np.zeros(max(len(c1), v1))
     if v2:
         z2 = q @ c2[:v2].T * case.dim**-0.5
@@ -144,15 +144,18 @@ def expected_rows(case: Sparse, feeds: Feeds, pools: Feeds, b: int) -> Iterator[
     c1, c2 = averages
     margin = 0.05 if case.pool == "bfloat16" else 1e-4 * max(1, case.magnitude)
     sparse = case.dense_len < 0 or feeds["switch_length"][b] >= case.dense_len
-    for row, i in enumerate(range(case.past[b], length), start=feeds["query_start"][b]):
+    start = case.tree_start(b)
+    for row, token in enumerate(range(case.past[b], length), start=feeds["query_start"][b]):
+        i, seen = case.position(b, token), case.seen(b, token)
+        in_tree = range(start // 64, token // 64 + 1) if token >= start else ()
         for g in range(case.kv_heads):
-            heads, past = slice(g * case.group, (g + 1) * case.group), np.arange(i + 1)
+            heads = slice(g * case.group, (g + 1) * case.group)
             if sparse:
-                scores = scores_of_blocks(case, scored[row, heads], c1[g], c2[g], i)
+                scores = scores_of_blocks(case, scored[row, heads], c1[g], c2[g], i, min(i + 1, start))
                 chosen = block_choices(scores, case.selected, margin)
-                visible = (past[np.isin(past // 64, blocks)] for blocks in chosen)
+                visible = (seen[np.isin(seen // 64, [*blocks, *in_tree])] for blocks in chosen)
             else:
-                visible = iter([past])
+                visible = iter([seen])
             yield row, g, (attend(case, q[row, heads], k[g], v[g], tokens) for tokens in visible)
 
 
@@ -164,14 +167,15 @@ def check_pools(how: str, case: Sparse, feeds: Feeds, pools: Feeds) -> None:
     touched = {name: np.zeros(feeds[name].shape, bool) for name in POOLS}
     expected = {"kv_pool": feeds["kv_pool"].copy()}
     for b, (first, last) in enumerate(zip(feeds["query_start"], feeds["query_start"][1:], strict=False)):
-        page, slot = slots(feeds["page_table"][b], feeds["positions"][first:last])
+        page, slot = slots(feeds["page_table"][b], feeds["slots"][first:last])
         expected["kv_pool"][page, :, :, slot] = planes[first:last]
         touched["kv_pool"][page, :, :, slot] = True
     expected |= {name: feeds[name].copy() for name in WINDOWS}
     averaged = expected | {"kv_pool": pools["kv_pool"]}
     for b, (first, last) in enumerate(zip(feeds["query_start"], feeds["query_start"][1:], strict=False)):
         for name in WINDOWS:
-            touched[name] |= fill_windows(averaged, name, feeds["page_table"][b], feeds["positions"][first:last])
+            plain = feeds["slots"][first:last][feeds["slots"][first:last] < feeds["tree_start"][b]]
+            touched[name] |= fill_windows(averaged, name, feeds["page_table"][b], plain)
     for name in POOLS:
         untouched = ~touched[name]
         assert pools[name][untouched].tobytes() == feeds[name][untouched].tobytes(), f"{how} wrote outside its {name}"
@@ -248,9 +252,12 @@ def sparse_steps(draw: st.DrawFn, most_new: int, max_sequences: int = 3) -> Spar
     decode = draw(st.booleans())
     longest = 1 if decode else most_new
     lengths = st.one_of(st.sampled_from([n for n in edges[1:] if n <= longest]), st.integers(1, longest))
+    past = tuple(draw(st.one_of(st.sampled_from(edges), st.integers(0, 900))) for _ in range(sequences))
+    new = (draw(lengths), *(draw(st.one_of(lengths, st.just(0))) for _ in range(sequences - 1)))
     return Sparse(
-        past=tuple(draw(st.one_of(st.sampled_from(edges), st.integers(0, 900))) for _ in range(sequences)),
-        new=(draw(lengths), *(draw(st.one_of(lengths, st.just(0))) for _ in range(sequences - 1))),
+        past=past,
+        new=new,
+        trees=draw(random_trees(past, new)),
         group=draw(st.sampled_from([1, 3, 4, 8, 16])),
         kv_heads=draw(st.integers(1, 3)),
         dim=draw(st.sampled_from([16, 32, 64])),
@@ -306,9 +313,9 @@ def test_half_activations(new: tuple[int, ...], use_nope: bool) -> None:
     check_step("function16", case, feeds, tuple(half), 6e-3)
 
 
-@pytest.mark.parametrize("new", [(1, 1), (6, 3)])
-def test_onnx_reference_evaluator(new: tuple[int, int]) -> None:
-    case = Sparse((410, 0), new, selected=4, local=1)
+@pytest.mark.parametrize(("new", "trees"), [((1, 1), ()), ((6, 3), ()), ((6, 3), ((-1, -1, 0), ()))])
+def test_onnx_reference_evaluator(new: tuple[int, int], trees: tuple[tuple[int, ...], ...]) -> None:
+    case = Sparse((410, 0), new, selected=4, local=1, trees=trees)
     feeds = sparse_feeds(case)
     evaluator = ReferenceEvaluator(onnx.load_from_string(model_bytes(case)))
     check_step("evaluator", case, feeds, tuple(evaluator.run(None, feeds)), 1e-5)

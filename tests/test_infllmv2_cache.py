@@ -16,7 +16,7 @@ def run_chunks(how: str, case: Sparse, feeds: Feeds, sizes: list[int], check: bo
     outputs, feeds, first = [], dict(feeds), 0
     for size in sizes:
         rows, past = slice(first, first + size), case.past[0] + first
-        part = {name: feeds[name][rows] for name in ("qkv", "cos", "sin", "positions")}
+        part = {name: feeds[name][rows] for name in ("qkv", "cos", "sin", "positions", "slots", "tree_mask")}
         step = replace(case, past=(past,), new=(size,))
         chunk = feeds | part | {"query_start": np.array([0, size], np.int32)}
         chunk["switch_length"] = np.array([past + size], np.int32)
@@ -78,7 +78,7 @@ def test_rollback(how: str, kept: int) -> None:
 
     rejected = run(how, case, feeds)
     again = replace(case, past=(kept,), new=(300 - kept,))
-    rest = {name: mixed[name][kept:] for name in (*inputs, "positions")}
+    rest = {name: mixed[name][kept:] for name in (*inputs, "positions", "slots", "tree_mask")}
     rest |= {"query_start": np.array([0, 300 - kept], np.int32)}
     regrown = run_chunks(how, again, feeds | rest | dict(zip(POOLS, rejected[1:], strict=True)), [40, 260 - kept])
     np.testing.assert_array_equal(regrown[0], fresh[0][kept:])

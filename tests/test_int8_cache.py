@@ -53,10 +53,12 @@ def operator_model(case: Ragged, feeds: Feeds) -> bytes:
     sizes = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "head_dim": case.dim, "scale": case.dim**-0.5}
     if isinstance(case, Sparse):
         sizes |= {"use_nope": int(case.use_nope), "max_blocks": case.selected}
+    elif case.window:
+        sizes["window"] = case.window
     return one_node(
-        "InfLLMv2AttentionInt8" if isinstance(case, Sparse) else "PagedAttentionInt8",
+        ("InfLLMv2Attention" if isinstance(case, Sparse) else "PagedAttention") + "Int8" * ("kv_scales" in feeds),
         tuple((name, array.dtype.name, array.ndim) for name, array in feeds.items()),
-        (("output", "float32"), *((f"{name}_out", kind) for name, kind in POOLS.items() if name in feeds)),
+        (("output", "float32"), *((f"{name}_out", feeds[name].dtype.name) for name in POOLS if name in feeds)),
         **sizes,
     )
 
@@ -78,7 +80,7 @@ def run(how: str, case: Ragged, feeds: Feeds) -> Feeds:
             output = infllmv2_attention(**after, **sizes, use_nope=case.use_nope)
         else:
             rest = {name: array for name, array in after.items() if name != "kv_pool"}
-            output = paged_attention(pool=after["kv_pool"], **rest, **sizes)
+            output = paged_attention(pool=after["kv_pool"], **rest, **sizes, window=case.window)
         return after | {"output": output}
     after = {name: feeds[name].copy() for name in POOLS if name in feeds}
     after["kv_pool"] = to_pages(how, feeds["kv_pool"]).copy()
@@ -102,8 +104,8 @@ def check_pools(how: str, case: Ragged, feeds: Feeds, after: Feeds) -> None:
         planes.append(feeds["qkv"].reshape(len(k), -1, case.dim)[:, case.heads : -case.kv_heads].astype(np.float64))
     touched = np.zeros(feeds["kv_scales"].shape, bool)
     for b, (first, last) in enumerate(zip(feeds["query_start"], feeds["query_start"][1:], strict=False)):
-        position = feeds["positions"][first:last]
-        page, slot = feeds["page_table"][b][position // 64], position % 64
+        slots = feeds["slots"][first:last]
+        page, slot = feeds["page_table"][b][slots // 64], slots % 64
         for plane, values in enumerate(planes):
             codes, scales = quantise(values[first:last])
             got = after["kv_pool"][page, plane, :, slot].astype(int)
@@ -129,7 +131,9 @@ def check_dense(how: str, case: Ragged, feeds: Feeds, close: float | None = None
     expected = np.empty_like(q)
     for b, (first, last) in enumerate(zip(feeds["query_start"], feeds["query_start"][1:], strict=False)):
         for row in range(first, last):
-            slots = np.arange(feeds["positions"][row] + 1)
+            slots = case.seen(b, int(feeds["slots"][row]))
+            if case.window:
+                slots = slots[slots // 64 > feeds["positions"][row] // 64 - case.window]
             keys, values = held[feeds["page_table"][b][slots // 64], :2, :, slots % 64].swapaxes(0, 1)
             for h in range(case.heads):
                 scores = keys[:, h // case.group] @ q[row, h] * case.dim**-0.5
@@ -188,7 +192,8 @@ def check_sparse(how: str, case: Sparse) -> None:
     for name in WINDOWS:
         touched = np.zeros(feeds[name].shape, bool)
         for b, (first, last) in enumerate(zip(feeds["query_start"], feeds["query_start"][1:], strict=False)):
-            touched |= fill_windows(averaged, name, feeds["page_table"][b], feeds["positions"][first:last])
+            plain = feeds["slots"][first:last][feeds["slots"][first:last] < feeds["tree_start"][b]]
+            touched |= fill_windows(averaged, name, feeds["page_table"][b], plain)
         assert after[name][~touched].tobytes() == feeds[name][~touched].tobytes(), f"{how} wrote outside its {name}"
         kept, right = after[name][touched].astype(np.float32), averaged[name][touched]
         np.testing.assert_allclose(kept, right, rtol=2**-8, atol=1e-6, err_msg=f"{how}: {name}")

@@ -176,7 +176,8 @@ class PagesMachine(RuleBasedStateMachine):
             return
         self.values = self.values % 255 + 1
         table = np.array([[before, page]], np.int32)
-        self.offload.begin(np.array([64 if begins else 70], np.int32), np.array([0, 1], np.int32), table)
+        place = np.array([64 if begins else 70], np.int32)
+        self.offload.begin(place, np.array([0, 1], np.int32), table, trees=False)
         start = 0
         for pool in self.executor._kv.values():
             half = pool.row(0).nbytes // 2

@@ -14,13 +14,21 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from plugins import PAGE_TOKENS
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.meaning import paged_attention
 from tests.operators import HOW, KERNELS, Feeds, bind_pool, from_pages, one_node, session, to_pages
+
+STEP = ("positions", "slots", "query_start", "page_table", "tree_start", "tree_mask")
+RANKS = {"page_table": 2, "tree_mask": 2}
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Sequence b has past[b] tokens in the cache and new[b] tokens in this step."""
+    """Sequence b has past[b] tokens in the cache and new[b] tokens in this step.
+
+    Its last len(trees[b]) tokens, of the cache too, are a tree: trees[b][i] is the parent of its token i, an earlier
+    one or -1, the token before the tree.
+    """
 
     past: tuple[int, ...]
     new: tuple[int, ...]
@@ -30,15 +38,58 @@ class Ragged:
     pool: str = "float32"
     seed: int = 0
     magnitude: float = 1.0
+    trees: tuple[tuple[int, ...], ...] = ()
+    window: int = 0
 
     @property
     def heads(self) -> int:
         return self.group * self.kv_heads
 
+    def tree(self, b: int) -> tuple[int, ...]:
+        return self.trees[b] if self.trees else ()
+
+    def tree_start(self, b: int) -> int:
+        return self.past[b] + self.new[b] - len(self.tree(b)) if self.tree(b) else NO_TREE
+
+    def slots(self, b: int) -> np.ndarray:
+        """Of the tokens of this step."""
+        return np.arange(self.past[b], self.past[b] + self.new[b])
+
+    def path(self, b: int, slot: int) -> list[int]:
+        """The tree's slots that a token sees, itself first."""
+        start, parents, found = self.tree_start(b), self.tree(b), []
+        node = slot - start
+        while node >= 0:
+            found.append(start + node)
+            node = parents[node]
+        return found
+
+    def position(self, b: int, slot: int) -> int:
+        path = self.path(b, slot)
+        return self.tree_start(b) - 1 + len(path) if path else slot
+
+    def seen(self, b: int, slot: int) -> np.ndarray:
+        """Which slots, of those up to it, a token sees."""
+        before = np.arange(min(slot + 1, self.tree_start(b)))
+        return np.array([*before, *sorted(self.path(b, slot))])
+
+
+def step_feeds(case: Ragged) -> Feeds:
+    """Where the step's tokens are kept, and what they see of trees."""
+    rows = [(b, int(slot)) for b in range(len(case.new)) for slot in case.slots(b)]
+    masks = [sum(1 << slot - case.tree_start(b) for slot in case.path(b, row)) for b, row in rows]
+    return {
+        "positions": np.array([case.position(b, slot) for b, slot in rows], np.int32),
+        "slots": np.array([slot for _, slot in rows], np.int32),
+        "query_start": np.cumsum([0, *case.new]).astype("i4"),
+        "tree_start": np.array([case.tree_start(b) for b in range(len(case.new))], np.int32),
+        "tree_mask": np.array(masks, np.uint64).view(np.int32).reshape(-1, 2),
+    }
+
 
 def attention_model(case: Ragged, dtype: str = "float32") -> bytes:
     inputs = [("qkv", dtype, 2), ("cos", "float32", 2), ("sin", "float32", 2), ("kv_pool", case.pool, 5)]
-    inputs += [("positions", "int32", 1), ("query_start", "int32", 1), ("page_table", "int32", 2)]
+    inputs += [(name, "int32", RANKS.get(name, 1)) for name in STEP]
     return one_node(
         "PagedAttention",
         tuple(inputs),
@@ -47,6 +98,7 @@ def attention_model(case: Ragged, dtype: str = "float32") -> bytes:
         num_kv_heads=case.kv_heads,
         head_dim=case.dim,
         scale=case.dim**-0.5,
+        **({"window": case.window} if case.window else {}),
     )
 
 
@@ -64,16 +116,13 @@ def make_feeds(case: Ragged) -> Feeds:
     qkv = rng.standard_normal((tokens, case.heads + 2 * case.kv_heads, case.dim))
     qkv[:, : case.heads] *= case.magnitude
     angle = rng.uniform(0, 2 * np.pi, (tokens, case.dim // 2))
+    step = {**step_feeds(case), "page_table": table.astype("i4")}
     return {
         "qkv": qkv.reshape(tokens, -1).astype(np.float32),
         "cos": np.cos(angle).astype(np.float32),
         "sin": np.sin(angle).astype(np.float32),
         "kv_pool": pool,
-        "positions": np.concatenate([np.arange(p, p + n) for p, n in zip(case.past, case.new, strict=True)]).astype(
-            "i4"
-        ),
-        "query_start": np.cumsum([0, *case.new]).astype("i4"),
-        "page_table": table.astype("i4"),
+        **{name: step[name] for name in STEP},
     }
 
 
@@ -95,20 +144,24 @@ def check_step(how: str, case: Ragged, feeds: Feeds, output: np.ndarray, pool: n
     for b, (first, last) in enumerate(zip(feeds["query_start"], feeds["query_start"][1:], strict=False)):
         if first == last:
             continue
-        table, positions = feeds["page_table"][b], np.arange(case.past[b], case.past[b] + last - first)
-        for row, position in enumerate(positions, start=first):
-            where = table[position // PAGE_TOKENS], slice(None), slice(None), position % PAGE_TOKENS
+        table, slots = feeds["page_table"][b], case.slots(b)
+        for row, slot in enumerate(slots, start=first):
+            where = table[slot // PAGE_TOKENS], slice(None), slice(None), slot % PAGE_TOKENS
             expected_pool[where], touched[where], untouched[where] = np.stack([k[row], v[row]]), True, False
-        slots = np.arange(case.past[b] + len(positions))
-        stored = pool[table[slots // PAGE_TOKENS], :, :, slots % PAGE_TOKENS].astype(np.float64)  # [n, 2, Hkv, d]
-        future = slots > positions[:, None]
+        every = np.arange(slots[-1] + 1)
+        stored = pool[table[every // PAGE_TOKENS], :, :, every % PAGE_TOKENS].astype(np.float64)  # [n, 2, Hkv, d]
+        hidden = np.ones((len(slots), len(every)), bool)
+        for row, slot in enumerate(slots):
+            hidden[row, case.seen(b, slot)] = False
+            if case.window:
+                hidden[row, : max(0, case.position(b, slot) // PAGE_TOKENS - case.window + 1) * PAGE_TOKENS] = True
         for h in range(case.heads):
             keys, values = stored[:, 0, h // case.group], stored[:, 1, h // case.group]
-            scores = np.where(future, -np.inf, q[first:last, h] @ keys.T * case.dim**-0.5)
+            scores = np.where(hidden, -np.inf, q[first:last, h] @ keys.T * case.dim**-0.5)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             expected[first:last, h] = weights @ values / weights.sum(axis=1, keepdims=True)
-        if pool.dtype == "bfloat16" and positions[-1] % 2 == 0:  # the value that shares a pair is cleared, or not
-            shared = table[positions[-1] // PAGE_TOKENS], 1, slice(None), positions[-1] % PAGE_TOKENS + 1
+        if pool.dtype == "bfloat16" and slots[-1] % 2 == 0:  # the value that shares a pair is cleared, or not
+            shared = table[slots[-1] // PAGE_TOKENS], 1, slice(None), slots[-1] % PAGE_TOKENS + 1
             untouched[shared] = False
     assert pool[untouched].tobytes() == feeds["kv_pool"][untouched].tobytes(), f"{how} wrote outside its slots"
     touched[:, 0] = False
@@ -136,7 +189,19 @@ def run_meaning(case: Ragged, feeds: Feeds) -> tuple[np.ndarray, np.ndarray]:
     pool = feeds["kv_pool"].copy()
     inputs = [pool if name == "kv_pool" else array for name, array in feeds.items()]
     sizes = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "scale": case.dim**-0.5}
-    return paged_attention(*inputs, **sizes), pool
+    return paged_attention(*inputs, **sizes, window=case.window), pool
+
+
+@st.composite
+def random_trees(draw: st.DrawFn, past: tuple[int, ...], new: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Of about every other sequence; some begin in an earlier step. The token before a tree is no part of it."""
+    trees = []
+    for p, n in zip(past, new, strict=True):
+        most = min(64, p + n - 1, n + draw(st.sampled_from([0, 0, 5])))
+        size = draw(st.integers(1, most)) if n and most > 0 and draw(st.booleans()) else 0
+        rng = np.random.default_rng(draw(st.integers(0, 999)))
+        trees.append(tuple(int(rng.integers(max(-1, i - 6), i)) for i in range(size)))
+    return tuple(trees) if draw(st.booleans()) else ()
 
 
 @st.composite
@@ -147,9 +212,13 @@ def ragged(
     edges = [0, 1, 63, 64, 65, 127, 128, 129]
     sequences = draw(st.integers(1, max_sequences))
     lengths = st.one_of(st.sampled_from([n for n in edges[1:] if n <= most_new]), st.integers(1, most_new))
+    past = tuple(draw(st.one_of(st.sampled_from(edges), st.integers(0, 200))) for _ in range(sequences))
+    new = (draw(lengths), *(draw(st.one_of(lengths, st.just(0))) for _ in range(sequences - 1)))
     return Ragged(
-        past=tuple(draw(st.one_of(st.sampled_from(edges), st.integers(0, 200))) for _ in range(sequences)),
-        new=(draw(lengths), *(draw(st.one_of(lengths, st.just(0))) for _ in range(sequences - 1))),
+        past=past,
+        new=new,
+        trees=draw(random_trees(past, new)),
+        window=draw(st.sampled_from([0, 0, 1, 2])),
         group=draw(st.sampled_from([1, 3, 4, 8, 16])),
         kv_heads=draw(st.integers(1, 3)),
         dim=draw(st.sampled_from([16, 32, 64, 128])),
@@ -240,7 +309,7 @@ def test_exponential_is_accurate_from_1_to_the_smallest_float(how: str) -> None:
 
 
 def test_onnx_reference_evaluator() -> None:
-    case = Ragged(past=(60, 0), new=(6, 3))
+    case = Ragged(past=(60, 0), new=(6, 3), trees=((-1, 0, -1, 2), ()), window=1)  # it knows no defaults of attributes
     feeds = make_feeds(case)
     evaluator = ReferenceEvaluator(onnx.load_from_string(attention_model(case)))
     check_step("evaluator", case, feeds, *evaluator.run(None, feeds), 1e-5)

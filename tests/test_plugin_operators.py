@@ -50,6 +50,7 @@ def test_an_operator_is_its_onnx_function(operator: type[Operator]) -> None:
     function = next(one for one in plugins.functions() if one.name == operator.NAME)
     assert tuple(function.input) == operator.INPUTS and tuple(function.output) == operator.OUTPUTS
     names = [name for name in function.attribute if not name.startswith("plugin_")]
+    names += [one.name for one in function.attribute_proto]  # those with a default
     assert names == [one.name for one in fields(operator)]  # type: ignore[arg-type]
     kinds = {one.name: one.type for one in fields(operator)}  # type: ignore[arg-type]
     for node in function.node:
@@ -129,6 +130,7 @@ attention_shapes = st.builds(
     kv_heads=st.just(2),
     head_dim=st.sampled_from([64, 128]),
     limit=st.sampled_from([0, 1, 9, 96]),
+    window=st.sampled_from([0, 0, 1, 16]),
 )
 fractions = st.floats(0, 1)
 multiprocessor_counts = st.integers(1, MOST_MULTIPROCESSORS)
@@ -168,7 +170,9 @@ def tensors_of(sample: Sample, tokens: int, sequences: int, width: int) -> dict[
             "query_start": (sequences + 1,),
             "switch_length": (sequences,),
             **dict.fromkeys(("x", "hidden", "branch", "gate_up", "qkv", "cos", "sin"), (tokens, *shape[1:])),
-            "positions": (tokens,),
+            **dict.fromkeys(("positions", "slots"), (tokens,)),
+            "tree_start": (sequences,),
+            "tree_mask": (tokens, 2),
         }
         shapes[name] = extents.get(name, shape)
     return {name: Tensor(shapes[name], sample.inputs[name].dtype.name) for name in sample.operator.INPUTS}
@@ -231,7 +235,7 @@ def test_pools_must_be_updated_in_place(api: Any, name: str) -> None:
         (RMSNorm(1e-5), {"x": (1, 60), "weight": (60,)}, "hidden size 60"),
         (PackedLinear(4, 128, 16, 100), {"x": (1, 100), "weights": (1, 2, 32, 4), "scales": (1,)}, "100 inputs"),
         (
-            PagedAttention(4, 2, 96, 0.1),
+            PagedAttention(4, 2, 96, 0.1, 0),
             {"qkv": (1, 768), "kv_pool": (1, 2, 2, 64, 96), "page_table": (1, 1), "query_start": (2,)},
             "head_dim 96",
         ),

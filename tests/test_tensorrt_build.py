@@ -357,6 +357,8 @@ def test_sizes_start_at_one(name: str) -> None:
         replace(OPTIONS, **{name: 0})
     with pytest.raises(UsageError, match="--verify is -1"):
         BuildOptions(verify=-1)
+    with pytest.raises(UsageError, match="--verify is 66; it can be at most 65: a tree's root and 64 drafted tokens"):
+        BuildOptions(verify=66)
 
 
 def test_an_unknown_target_is_refused() -> None:

@@ -208,6 +208,8 @@ def test_a_profile_for_verification_is_added(dense: Path) -> None:
     shapes = {profile.name: profile.shapes for profile in report.recipe.profiles}
     assert list(shapes) == ["prefill", "decode", "verify"]
     assert shapes["verify"]["input_ids"] == shapes["verify"]["logits_rows"] == ((1,), (8,), (32,))
+    assert shapes["verify"]["slots"] == ((1,), (8,), (32,)) and shapes["verify"]["tree_start"] == ((1,), (1,), (4,))
+    assert shapes["verify"]["tree_mask"] == ((1, 2), (8, 2), (32, 2))
     assert shapes["prefill"]["input_ids"][2] == (516,) and shapes["prefill"]["query_start"][2] == (5,)
     assert len(compiled_plugins(report.path.read_bytes())) == 3 * len(plugin_layers(dense))
 

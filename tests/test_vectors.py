@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge.config import ModelConfig, SparseConfig
 from edge.errors import EdgeError
 from edge.models import MINICPM4_05B, MINICPM4_8B
-from edge.selftest.vectors import PUBLISHED, ModelKernels, decode_vectors, vectors_for
+from edge.selftest.vectors import PUBLISHED, ModelKernels, decode_vectors, tree_vectors, vectors_for
 from plugins.build.registry import kernels_for
 from plugins.vectors import Deviation, Expected, Vector, poisoned, worst
 from tests.cuda_routes import run_route
@@ -109,6 +109,20 @@ def test_every_kernel_of_a_model_has_a_vector(config: ModelConfig, sparse: Spars
 @pytest.mark.parametrize("vector", decode_vectors(TINY, 16), ids=lambda vector: vector.name)
 def test_a_decode_step_at_131072_tokens_passes_too(vector: Vector) -> None:
     assert run(vector).passed
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("kv", ["bf16", "uint8_t"])
+def test_trees_pass_in_the_emulator(kv: str, sparse: bool) -> None:
+    for vector in tree_vectors(replace(TINY.attention, kv_element=kv), sparse=sparse):
+        deviation = run(vector)
+        assert deviation.passed, (vector.name, deviation)
+
+
+@pytest.mark.parametrize("changed", ["slots", "tree_start", "tree_mask"])
+def test_a_wrong_tree_shows(changed: str) -> None:
+    tiles = tree_vectors(TINY.attention, sparse=True)[1]
+    assert not run(tiles, changed).passed
 
 
 def test_a_model_that_kernels_do_not_fit_is_refused_by_name() -> None:

@@ -21,6 +21,9 @@ class WrappedExecutor:
     def step(self, batch: StepBatch) -> StepResult:
         return self.inner.step(batch)
 
+    def keep_tokens(self, pages: Sequence[int], first: int, slots: Sequence[int]) -> None:
+        self.inner.keep_tokens(pages, first, slots)
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         self.inner.copy_pages(pairs)
 

@@ -26,7 +26,10 @@ def build(
     chunk: Annotated[int, typer.Option(min=1, help="Most prompt tokens a step.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Most sequences a step.")] = 8,
     verify: Annotated[
-        int, typer.Option(min=0, help="Tokens a sequence that a step of speculative decoding verifies; 0: none.")
+        int,
+        typer.Option(
+            min=0, help="Tokens a sequence that a step of speculative decoding computes: one and drafted ones; 0: none."
+        ),
     ] = 0,
     functions: Annotated[
         bool, typer.Option("--functions", help="Use the operators' ONNX functions instead of plugins: for checks.")

@@ -10,7 +10,8 @@ Two events a layer order the streams. `released`: the last kernel that used the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from edge.cuda import DeviceArray, Event, Pool, Stream, pinned
 from edge.page_cache import Move, PageCache, PageCounts, split_rows
 from plugins import PAGE_TOKENS
 from plugins.infllmv2 import STRIDE
+from plugins.paged_attention.launch import TREE_BLOCKS
 
 _TABLES = 4  # slot tables on their way to the device before the host waits for one
 _INT32 = np.dtype(np.int32)
@@ -59,27 +61,28 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step's tokens as the host knows them. sequence, position [T]; query_start [B + 1]; table [B, P]."""
+    """A step's tokens as the host knows them. sequence, place [T]; query_start [B + 1]; table [B, P]."""
 
     sequence: np.ndarray
-    position: np.ndarray
+    place: np.ndarray  # in its sequence's pages
     query_start: np.ndarray
     table: np.ndarray
 
     @property
     def written(self) -> np.ndarray:
         """[T]: the page that each token goes to."""
-        return self.table[self.sequence, self.position // PAGE_TOKENS]
+        return self.table[self.sequence, self.place // PAGE_TOKENS]
 
     @property
     def begun(self) -> np.ndarray:
         """Pages of which the step writes the first token, so that nothing in them is needed."""
-        return self.written[self.position % PAGE_TOKENS == 0]
+        return self.written[self.place % PAGE_TOKENS == 0]
 
 
 def staging_bytes(sizes: OffloadSizes, kv_heads: int, selected: int) -> int:
     """Pinned memory of a `DeviceOffload` beside the pages: slot tables on their way, chosen blocks and their counts."""
-    return 4 * (_TABLES * table_values(sizes.sequences, sizes.table_width) + sizes.tokens * kv_heads * (selected + 1))
+    lists = sizes.tokens * kv_heads * (selected + TREE_BLOCKS + 1)
+    return 4 * (_TABLES * table_values(sizes.sequences, sizes.table_width) + lists)
 
 
 def table_values(sequences: int, table_width: int) -> int:
@@ -113,7 +116,7 @@ class DeviceOffload:
         }
         self._tables = pool.take((table_values(sizes.sequences, sizes.table_width),), _INT32)
         self._staged = [(pinned(self._tables.shape, _INT32), Event()) for _ in range(_TABLES)]
-        self._blocks = pinned((sizes.tokens * kv_heads * sparse.selected_blocks,), _INT32)
+        self._blocks = pinned((sizes.tokens * kv_heads * (sparse.selected_blocks + TREE_BLOCKS),), _INT32)
         self._counts = pinned((sizes.tokens * kv_heads,), _INT32)
         self._kv_heads = kv_heads
         self._pinned = np.zeros(pages, bool)
@@ -130,23 +133,26 @@ class DeviceOffload:
         """Pinned memory of all else."""
         return sum(table.nbytes for table, _ in self._staged) + self._blocks.nbytes + self._counts.nbytes
 
-    def begin(self, positions: np.ndarray, query_start: np.ndarray, page_table: np.ndarray) -> None:
-        """The step that will be queued next; arrays as in StepBatch."""
+    def begin(self, places: np.ndarray, query_start: np.ndarray, page_table: np.ndarray, *, trees: bool) -> None:
+        """The step that will be queued next; arrays as in StepBatch. places [T]: where in their pages tokens are.
+
+        trees: rows may need a page more than those they choose, as may closing up what was accepted.
+        """
         sequence = np.repeat(np.arange(len(page_table)), np.diff(query_start))
-        self._step = _Step(sequence, positions.copy(), query_start.copy(), page_table.copy())
-        always = frozenset(self._always_needed())
+        self._step = _Step(sequence, places.copy(), query_start.copy(), page_table.copy())
+        always = frozenset(self._always_needed(TREE_BLOCKS - 1 if trees else 0))
         self._pinned[:] = False
         self._pinned[list(always)] = True
         for layer in self._layers:
             layer.cache.pin(always)
         self._prefetch(self._layers[0])
 
-    def _always_needed(self) -> list[int]:
-        """Initial and local pages, sequence by sequence as long as any token's pages have room beside them."""
+    def _always_needed(self, more: int) -> list[int]:
+        """Initial and local pages, sequence by sequence as long as any token's and `more` have room beside them."""
         step, sparse, found = self._step, self._sparse, list[int]()
-        room = self._layers[0].cache.slots - self._sizes.token_pages
+        room = self._layers[0].cache.slots - self._sizes.token_pages - more
         for b, end in enumerate(step.query_start[1:]):
-            own = int(step.position[end - 1]) // PAGE_TOKENS
+            own = int(step.place[end - 1]) // PAGE_TOKENS
             local = max(own - sparse.local_blocks, min(sparse.init_blocks, own))
             blocks = [*range(min(sparse.init_blocks, local)), *range(local, own + 1)]
             if len(found) + len(blocks) > room:
@@ -157,24 +163,24 @@ class DeviceOffload:
     def writing(self, pool: int, stream: int) -> Iterator[range]:
         """See PageOffload."""
         layer, compute, step = self._layer(pool), Stream.of(stream), self._step
-        written, block = step.written, step.position // PAGE_TOKENS
+        written, block = step.written, step.place // PAGE_TOKENS
         # A window that ends with a token may begin on the page before.
-        averages = ((step.position + 1) % STRIDE == 0) & (block > 0)
+        averages = ((step.place + 1) % STRIDE == 0) & (block > 0)
         needs = np.zeros((len(block), self._pages), bool)
         rows = np.arange(len(block))
         needs[rows, written] = True
         needs[rows[averages], step.table[step.sequence, block - 1][averages]] = True
         for run in self._runs(needs):
-            fresh = written[run.start : run.stop][step.position[run.start : run.stop] % PAGE_TOKENS == 0]
+            fresh = written[run.start : run.stop][step.place[run.start : run.stop] % PAGE_TOKENS == 0]
             self._place(layer, needs, run, compute, fresh.tolist())
             yield run
             compute.record(layer.released)
             layer.cache.wrote(np.unique(written[run.start : run.stop]).tolist())
 
-    def reading(self, pool: int, blocks: int, counts: int, limit: int, stream: int) -> Iterator[range]:
+    def reading(self, pool: int, blocks: int, counts: int, columns: int, stream: int) -> Iterator[range]:
         """See PageOffload; waits for the stream."""
         layer, compute = self._layer(pool), Stream.of(stream)
-        needs = self._chosen_pages(blocks, counts, limit, compute)
+        needs = self._chosen_pages(blocks, counts, columns, compute)
         for run in self._runs(needs):
             self._place(layer, needs, run, compute)
             yield run
@@ -184,6 +190,17 @@ class DeviceOffload:
         index = self._by_address[pool] + 1
         if index < len(self._layers):
             self._prefetch(self._layers[index])
+
+    @contextmanager
+    def changing(self, pool: int, pages: Sequence[int], stream: int) -> Generator[None, None, None]:
+        """Have these pages of one layer in slots, as slot_table says, for what the caller queues meanwhile."""
+        layer, compute = self._layer(pool), Stream.of(stream)
+        self._copy(layer, layer.cache.place(pages))
+        compute.wait(layer.copied)
+        self._upload_tables(layer, range(len(self._step.place)), compute)
+        yield
+        compute.record(layer.released)
+        layer.cache.wrote(pages)
 
     def save(self, pages: Sequence[int]) -> None:
         """Have the newest values of these pages in their homes; waits."""
@@ -204,20 +221,20 @@ class DeviceOffload:
     def _layer(self, pool: int) -> _Layer:
         return self._layers[self._by_address[pool]]
 
-    def _chosen_pages(self, blocks: int, counts: int, limit: int, compute: Stream) -> np.ndarray:
+    def _chosen_pages(self, blocks: int, counts: int, columns: int, compute: Stream) -> np.ndarray:
         """[T, pages] bool: the pages that each token attends to, over all KV heads."""
         step, heads = self._step, self._kv_heads
-        tokens = len(step.position)
-        chosen, count = self._blocks[: tokens * heads * limit], self._counts[: tokens * heads]
+        tokens = len(step.place)
+        chosen, count = self._blocks[: tokens * heads * columns], self._counts[: tokens * heads]
         compute.download(chosen, DeviceArray(blocks, chosen.shape, _INT32))
         compute.download(count, DeviceArray(counts, count.shape, _INT32))
         compute.synchronize()
-        chosen, count = chosen.reshape(tokens, heads, limit), count.reshape(tokens, heads)
+        chosen, count = chosen.reshape(tokens, heads, columns), count.reshape(tokens, heads)
         needs = np.zeros((tokens, self._pages), bool)
-        rows, head, column = np.nonzero(np.arange(limit) < count[:, :, None])
+        rows, head, column = np.nonzero(np.arange(columns) < count[:, :, None])
         needs[rows, step.table[step.sequence[rows], chosen[rows, head, column]]] = True
         for row in np.flatnonzero(count[:, 0] == 0):
-            needs[row, step.table[step.sequence[row], : step.position[row] // PAGE_TOKENS + 1]] = True
+            needs[row, step.table[step.sequence[row], : step.place[row] // PAGE_TOKENS + 1]] = True
         return needs
 
     def _runs(self, needs: np.ndarray) -> Iterator[range]:
@@ -259,7 +276,7 @@ class DeviceOffload:
         step = self._step
         pages = np.flatnonzero(self._pinned).tolist()
         for first, start in zip(step.table[:, 0], step.query_start[:-1], strict=True):
-            if step.position[start] > 0:
+            if step.place[start] > 0:
                 pages += layer.chosen.get(int(first), [])
         begun = set(step.begun.tolist())
         self._copy(layer, layer.cache.prefetch(page for page in pages if page not in begun))

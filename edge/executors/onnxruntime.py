@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,17 @@ from edge.bundle import WEIGHTS as WEIGHTS_FILE
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
-from edge.executors.pools import MemoryPages, StoredPages, lazy_zeros
+from edge.executors.pools import MemoryPages, StoredPages, keep_in_pools, lazy_zeros
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.measured import anonymous_bytes, mapped_bytes, resident_bytes
 from edge.offload import Offload, open_page_file
 from plugins.offload.store import Counters, PageFile, PageStore, PoolPart, unit_bytes
+from plugins.ort.keep import Kept, keep_tokens
 from plugins.ort.library import attention_peak, register
 from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, is_exhausted
 
 # How numpy holds a pool, and ONNX's number of its type.
-_POOL_TYPES: dict[str, tuple[type, int]] = {
+POOL_TYPES: dict[str, tuple[type, int]] = {
     "float32": (np.float32, 1),
     "int8": (np.int8, 3),
     "float16": (np.float16, 10),
@@ -108,6 +109,8 @@ class OnnxRuntimeExecutor:
                 f"ONNX Runtime cannot load {bundle.file(GRAPH)} ({error}); export the bundle again"
             ) from error
         self._input_names = {node.name for node in self._session.get_inputs()}
+        self._gives_hidden = any(node.name == "hidden" for node in self._session.get_outputs())
+        self._hidden_size = bundle.config.hidden_size
         self._kv_type = bundle.manifest.types["kv"]
 
     def _reserve(self, options: ort.SessionOptions, reserved: Reserved) -> None:
@@ -128,7 +131,7 @@ class OnnxRuntimeExecutor:
         pools = []
         for layer in range(bundle.config.num_hidden_layers):
             for name, page in pool_layout(bundle.config, bundle.manifest.types).items():
-                dtype, onnx_type = _POOL_TYPES[page.dtype]
+                dtype, onnx_type = POOL_TYPES[page.dtype]
                 pages = self._offload.resident_pages if self._offload and name == "kv_pool" else self.num_pages
                 values = lazy_zeros((pages, *page.shape), dtype)
                 pool = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx_type)
@@ -162,9 +165,9 @@ class OnnxRuntimeExecutor:
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
-        for name in ("input_ids", "positions", "query_start", "page_table", "logits_rows", "switch_length"):
+        for name, values in batch.inputs().items():
             if name in self._input_names:
-                self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name), np.int32))
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(values, np.int32))
         rows, buffer = len(batch.logits_rows), self._logits
         self._most_rows = max(self._most_rows, rows)
         if rows <= len(buffer):
@@ -172,6 +175,10 @@ class OnnxRuntimeExecutor:
             self._binding.bind_output("logits", "cpu", 0, np.float32, shape, buffer.ctypes.data)
         else:
             self._binding.bind_output("logits", "cpu")
+        hidden = None
+        if self._gives_hidden:
+            hidden = np.empty((len(batch.input_ids), self._hidden_size), np.float32)
+            self._binding.bind_output("hidden", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
         try:
             with self._use(STEP):
                 self._session.run_with_iobinding(self._binding)
@@ -185,8 +192,8 @@ class OnnxRuntimeExecutor:
                 f"ONNX Runtime failed in a step of {tokens} tokens ({error}); try a smaller --chunk"
             ) from error
         if rows <= len(buffer):
-            return StepResult(buffer[:rows].copy())  # the next step overwrites it
-        return StepResult(self._binding.get_outputs()[-1].numpy())
+            return StepResult(buffer[:rows].copy(), hidden)  # the next step overwrites the buffer
+        return StepResult(self._binding.get_outputs()[len(self._pools)].numpy(), hidden)  # bound after the pools
 
     def memory(self) -> dict[str, int]:
         """See edge/executor.py. Of regions and attention it is the most there were, of all else what there is."""
@@ -210,6 +217,23 @@ class OnnxRuntimeExecutor:
             resident = sum(resident_bytes(values) for values in self._values)
             measured["process"] = max(0, anonymous - resident - sum(own.values()))
         return measured
+
+    def keep_tokens(self, pages: Sequence[int], first: int, slots: Sequence[int]) -> None:
+        """Move tokens in every pool; see edge/executor.py."""
+        kept = Kept(np.asarray(pages, np.int32), first, np.asarray(slots, np.int32))
+        for pools in self._layers():
+            if self._library is None:
+                keep_in_pools(pools, self._kv_type, kept)
+            elif not keep_tokens(self._library, pools, POOL_TYPES[self._kv_type][1], kept):
+                assert self._page_file is not None
+                failure = self._page_file.take_failure()
+                raise EdgeError(f"{failure}; check the disk, or give more --memory to use less of it")
+
+    def _layers(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """Each layer's pools by name."""
+        names = dict.fromkeys(self._names)
+        for first in range(0, len(self._values), len(names)):
+            yield dict(zip(names, self._values[first : first + len(names)], strict=True))
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages in every pool; see edge/executor.py."""

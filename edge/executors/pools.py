@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge.errors import EdgeError
+from plugins.infllmv2 import meaning as infllmv2
 from plugins.offload.store import PageStore
+from plugins.ort.keep import Kept
+from plugins.paged_attention import meaning as paged_attention
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,19 @@ def _disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise EdgeError(f"{error.strerror}; check the disk, or give more --memory to use less of it") from error
+
+
+def keep_in_pools(pools: Mapping[str, np.ndarray], kv_type: str, kept: Kept) -> None:
+    """`plugins.ort.keep.keep_tokens` for a layer without kernels, in the ONNX functions' order of values."""
+    if kv_type == "bfloat16":
+        import ml_dtypes  # comes with onnx, without which nobody runs functions
+
+        pools = {name: values.view(ml_dtypes.bfloat16) for name, values in pools.items()}
+    scales, where = pools.get("kv_scales"), (kept.pages, kept.first, kept.slots)
+    if "c1_pool" in pools:
+        infllmv2.keep_tokens(pools["kv_pool"], pools["c1_pool"], pools["c2_pool"], *where, scales)
+    else:
+        paged_attention.keep_tokens(pools["kv_pool"], *where, scales)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The device executor: a TensorRT engine with our plugins, its I/O bound once, decoding replayed as a CUDA graph.
 
-Everything lives in one pool: KV pages, inputs, logits, and the working memory that both execution contexts share. A
+Everything lives in one pool: KV pages, inputs, logits, and the working memory that all execution contexts share. A
 decode step is captured with all of it: embedding, layers, head, the draw, and feeding the token back. A graph of
 `burst` steps is one call; the host reads their tokens after it and does nothing for a token in between. With KV pages
 on the host (offload.py) nothing is captured: every layer asks the host for the pages that it chose.
@@ -10,45 +10,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 
 import numpy as np
 
 from edge.bundle import Bundle
-from edge.config import ModelConfig, SparseConfig
 from edge.cuda import CudaError, DeviceArray, Graph, Kernels, Pool, Stream, pinned
 from edge.errors import EdgeError
-from edge.executor import DrawParams, StepBatch, StepResult
-from edge.executors.offload import DeviceOffload, OffloadSizes, staging_bytes, table_values
-from edge.executors.staging import Layout, Staging, layout_bytes
+from edge.executor import NO_TREE, DrawParams, StepBatch, StepResult
+from edge.executors.kept_tokens import ends_window, keep_launches, kept_shape
+from edge.executors.offload import DeviceOffload
+from edge.executors.staging import Staging
 from edge.executors.tensorrt_engine import BoundContext, LoadedEngine
+from edge.executors.tensorrt_sizes import BURST, Sizes, input_layout, offload_sizes, pages_of, pool_bytes
 from edge.interrupts import deferred_interrupts
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
-from edge.memory.attended import token_pages
 from plugins import PAGE_TOKENS
 from plugins.launch import Launch
+from plugins.plugin import PackedLaunch
 from plugins.sampling.launch import advance, sample
 
-BURST = 16  # decode steps between two looks of the host
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _HELD_AS = {"float16": np.uint16, "bfloat16": np.uint16, "int8": np.int8, "float32": np.float32}  # pools, by type
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the buffers are made for: tokens of a step, sequences, rows of logits, pages of a sequence and in all.
-
-    slots: pages on the device, if the others are offloaded; else None.
-    """
-
-    tokens: int
-    sequences: int
-    rows: int
-    table_width: int
-    pages: int
-    slots: int | None = None
 
 
 class TensorRTExecutor:
@@ -59,27 +44,30 @@ class TensorRTExecutor:
     def __init__(self, bundle: Bundle, engine: LoadedEngine, kernels: Kernels, sizes: Sizes) -> None:
         self.num_pages = sizes.pages
         self._engine, self._kernels, self._sizes = engine, kernels, sizes
-        self._vocabulary = bundle.config.vocab_size
+        self._bundle, self._vocabulary = bundle, bundle.config.vocab_size
         self._kv_type = bundle.manifest.types["kv"]
         self._stream = Stream()
         self._pool = Pool(pool_bytes(bundle, engine, sizes))
-        self._staging = Staging(self._pool, _inputs(sizes, self._vocabulary))
+        self._staging = Staging(self._pool, input_layout(sizes, self._vocabulary))
         self._history = self._pool.take((BURST * sizes.sequences,), _INT32)
         # Pinned, so that a copy to the host is queued like all else and there is one wait for it.
         self._tokens = pinned(self._history.shape, _INT32)
-        self._logits = pinned((sizes.rows, self._vocabulary), _FLOAT32)
+        self._logits = pinned((sizes.most_rows, self._vocabulary), _FLOAT32)
         self._outputs = {
-            "logits": self._pool.take((sizes.rows, self._vocabulary), _FLOAT32),
-            "token": self._pool.take((sizes.rows,), _INT32),
+            "logits": self._pool.take((sizes.most_rows, self._vocabulary), _FLOAT32),
+            "token": self._pool.take((sizes.most_rows,), _INT32),
         }
         self._kv = {
-            f"{name}.{layer}": self._pool.take((_pages_of(name, sizes), *page.shape), _HELD_AS[page.dtype])
+            f"{name}.{layer}": self._pool.take((pages_of(name, sizes), *page.shape), _HELD_AS[page.dtype])
             for layer in range(bundle.config.num_hidden_layers)
             for name, page in pool_layout(bundle.config, bundle.manifest.types).items()
         }
         self.offload = self._open_offload(bundle)
         working = self._pool.take((engine.working_bytes,), np.uint8)
         self._prefill, self._decode = (self._bind(profile, working) for profile in ("prefill", "decode"))
+        self._verify = self._bind("verify", working) if sizes.verify else None
+        # A decode step has no tree: its tokens' places are their positions, and advance with them.
+        self._decode.bind("slots", self._staging.device["positions"])
         # By sequences, the way to draw, and steps; None: this one cannot be captured.
         self._graphs: dict[tuple[int, str, int], Graph | None] = {}
         self._settled: set[tuple[int, str]] = set()
@@ -91,8 +79,8 @@ class TensorRTExecutor:
             return None
         names = [name for name in pool_layout(config, bundle.manifest.types) if name not in COMPRESSED_POOLS]
         pools = [[self._kv[f"{name}.{layer}"] for name in names] for layer in range(config.num_hidden_layers)]
-        offload_sizes = _offload_sizes(config, sparse, sizes)
-        offload = DeviceOffload(self._pool, pools, sizes.pages, sparse, config.num_key_value_heads, offload_sizes)
+        most = offload_sizes(config, sparse, sizes)
+        offload = DeviceOffload(self._pool, pools, sizes.pages, sparse, config.num_key_value_heads, most)
         self._engine.host.offload = offload
         return offload
 
@@ -125,15 +113,15 @@ class TensorRTExecutor:
             return self._step(batch)
 
     def _step(self, batch: StepBatch) -> StepResult:
-        is_decode = len(batch.input_ids) == len(batch.page_table) == len(batch.logits_rows)
-        context = self._decode if is_decode else self._prefill
-        parts, most = [], self._sizes.rows
+        context, most = self._context_of(batch)
+        parts = []
         for first in range(0, len(batch.logits_rows), most):
             # Running it again for further rows writes the same keys and values to the same places.
             part = replace(batch, logits_rows=batch.logits_rows[first : first + most])
             table = self._stage(context, part)
             if self.offload is not None:
-                self.offload.begin(part.positions, part.query_start, table)
+                places = part.positions if part.tree is None else part.tree.slots
+                self.offload.begin(places, part.query_start, table, trees=part.tree is not None)
             self._staging.upload(self._stream)
             context.run(self._stream)
             logits = self._logits[: len(part.logits_rows)]
@@ -141,6 +129,15 @@ class TensorRTExecutor:
             self._stream.synchronize()
             parts.append(logits.copy())  # the next step overwrites it
         return StepResult(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+    def _context_of(self, batch: StepBatch) -> tuple[BoundContext, int]:
+        """The context for a step, and how many rows of logits it gives."""
+        tokens, rows, sizes = len(batch.input_ids), len(batch.logits_rows), self._sizes
+        if batch.tree is None and tokens == len(batch.page_table) == rows:
+            return self._decode, sizes.rows
+        if self._verify is not None and rows > sizes.rows and tokens <= sizes.verified:
+            return self._verify, sizes.verified
+        return self._prefill, sizes.rows
 
     def decode(self, batch: StepBatch, params: DrawParams, count: int) -> np.ndarray:
         """Run `count` decode steps on the device; see edge/executor.py."""
@@ -159,7 +156,7 @@ class TensorRTExecutor:
             self._replay_burst(sequences, way, count)
         else:
             for i in range(count):  # one by one: between choosing pages and attending the host brings them
-                self.offload.begin(batch.positions + np.int32(i), batch.query_start, table)
+                self.offload.begin(batch.positions + np.int32(i), batch.query_start, table, trees=False)
                 self._queue_step(sequences, way)
         drawn = count * sequences  # `history` has a line for each step, of as many sequences as there are
         self._stream.download(self._tokens[:drawn], self._history.rows(drawn))
@@ -223,12 +220,9 @@ class TensorRTExecutor:
         width, sequences = self._sizes.table_width, len(batch.page_table)
         table = np.zeros((sequences, width), np.int32)
         table[:, : batch.page_table.shape[1]] = batch.page_table
-        for name in ("input_ids", "positions", "query_start", "logits_rows", "switch_length"):
-            values = getattr(batch, name)
+        for name, values in (batch.inputs() | {"page_table": table}).items():
             self._staging.put(name, values)
             context.set_shape(name, values.shape)
-        self._staging.put("page_table", table)
-        context.set_shape("page_table", table.shape)
         return table
 
     def _stage_params(self, params: DrawParams) -> None:
@@ -236,6 +230,41 @@ class TensorRTExecutor:
         for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step", "penalty", "seen"):
             if (values := getattr(params, name)) is not None:
                 self._staging.put(name, values)
+
+    def keep_tokens(self, pages: Sequence[int], first: int, slots: Sequence[int]) -> None:
+        """Move tokens in every layer, and wait: the next step is staged in the same buffer; see edge/executor.py."""
+        count, kept = len(slots), np.arange(first, first + len(slots), dtype=np.int32)
+        moves = bool(np.any(kept != np.asarray(slots)))
+        averages = self._bundle.config.sparse is not None and ends_window(first, count)
+        if not moves and not averages:
+            return
+        with self._as_a_whole():
+            staged = {"slots": slots, "positions": kept, "query_start": [0, count], "tree_start": [NO_TREE]}
+            for name, values in (staged | {"page_table": pages}).items():
+                self._staging.put(name, np.asarray(values, np.int32))
+            self._staging.upload(self._stream)
+            shape = kept_shape(self._bundle, count, self._sizes.table_width)
+            launches = keep_launches(shape, moves, averages, self.offload is not None)
+            if self.offload is not None:
+                self.offload.begin(kept, np.array([0, count]), np.array([pages], np.int32), trees=True)
+            changed = pages[max(first // PAGE_TOKENS - 1, 0) : slots[-1] // PAGE_TOKENS + 1]  # and the one before
+            for layer in range(self._bundle.config.num_hidden_layers):
+                self._keep_in(layer, launches, changed)
+            self._stream.synchronize()
+
+    def _keep_in(self, layer: int, launches: Sequence[PackedLaunch], pages: Sequence[int]) -> None:
+        """Queue the launches for one layer, of which these pages must be on the device."""
+        addresses = {name: array.address for name, array in self._staging.device.items()}
+        for name in pool_layout(self._bundle.config, self._bundle.manifest.types):
+            addresses[name] = self._kv[f"{name}.{layer}"].address
+        stream = int(self._stream.handle)
+        held: AbstractContextManager[None] = nullcontext()
+        if self.offload is not None:
+            addresses["slot_table"] = self.offload.slot_table
+            held = self.offload.changing(addresses["kv_pool"], pages, stream)
+        with held:
+            for one in launches:
+                self._kernels.launch(one.launch, one.fill(addresses), stream)
 
     @deferred_interrupts()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -334,64 +363,3 @@ class TensorRTExecutor:
             "decode": decode,
             "kv": kv,
         }
-
-
-def _pages_of(pool: str, sizes: Sizes) -> int:
-    """Pages of a pool on the device."""
-    return sizes.pages if pool in COMPRESSED_POOLS or sizes.slots is None else sizes.slots
-
-
-def _inputs(sizes: Sizes, vocabulary: int) -> Layout:
-    """What the host writes: a step's inputs, the parameters of the draw, and `count`, which a burst starts from 0."""
-    sequences = (sizes.sequences,)
-    integers: dict[str, tuple[int, ...]] = {
-        "input_ids": (sizes.tokens,),
-        "positions": (sizes.tokens,),
-        "query_start": (sizes.sequences + 1,),
-        "logits_rows": (sizes.rows,),
-        "switch_length": sequences,
-        "page_table": (sizes.sequences, sizes.table_width),
-        "top_k": sequences,
-        "step": sequences,
-        "count": sequences,
-    }
-    reals = dict.fromkeys(("temperature", "top_p", "min_p", "penalty"), sequences)
-    return {
-        **{name: (shape, _INT32) for name, shape in integers.items()},
-        **{name: (shape, _FLOAT32) for name, shape in reals.items()},
-        "seed": (sequences, np.dtype(np.uint64)),
-        "seen": ((sizes.sequences, -(-vocabulary // 32)), np.dtype(np.uint32)),
-    }
-
-
-def _offload_sizes(config: ModelConfig, sparse: SparseConfig, sizes: Sizes) -> OffloadSizes:
-    most = token_pages(config, sparse, sizes.table_width * PAGE_TOKENS)
-    return OffloadSizes(sizes.tokens, sizes.sequences, sizes.table_width, most)
-
-
-def pinned_bytes(config: ModelConfig, sizes: Sizes) -> int:
-    """Page-locked memory of the host that the executor has beside offloaded pages."""
-    size = layout_bytes(_inputs(sizes, config.vocab_size)) + 4 * BURST * sizes.sequences
-    size += 4 * sizes.rows * config.vocab_size
-    if sizes.slots is not None and config.sparse is not None:
-        offload = _offload_sizes(config, config.sparse, sizes)
-        size += staging_bytes(offload, config.num_key_value_heads, config.sparse.selected_blocks)
-    return size
-
-
-def pool_bytes(bundle: Bundle, engine: LoadedEngine, sizes: Sizes) -> int:
-    """Size of the executor's pool, to the byte: what it takes, in its order."""
-    config = bundle.config
-    layout = pool_layout(config, bundle.manifest.types)
-    kv = [_pages_of(name, sizes) * page.nbytes for name, page in layout.items()]
-    tables = [] if sizes.slots is None else [4 * table_values(sizes.sequences, sizes.table_width)]
-    parts: Sequence[int] = [
-        layout_bytes(_inputs(sizes, config.vocab_size)),
-        4 * BURST * sizes.sequences,
-        4 * sizes.rows * config.vocab_size,
-        4 * sizes.rows,
-        *kv * config.num_hidden_layers,
-        *tables,
-        engine.working_bytes,
-    ]
-    return Pool.bytes_for(parts)

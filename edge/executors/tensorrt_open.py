@@ -9,8 +9,9 @@ from edge.config import SparseConfig
 from edge.cuda import Device, Kernels, open_device
 from edge.engine_file import EngineFile, choose_engine
 from edge.errors import EdgeError, UsageError
-from edge.executors.tensorrt import Sizes, TensorRTExecutor, pinned_bytes, pool_bytes
+from edge.executors.tensorrt import TensorRTExecutor
 from edge.executors.tensorrt_engine import LoadedEngine, load_engine
+from edge.executors.tensorrt_sizes import Sizes, pinned_bytes, pool_bytes
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
 from edge.memory.attended import least_slots
@@ -62,9 +63,9 @@ def open_executor(
     before, _ = device.memory()
     engine = load_engine(file, flavour, PluginHost(kernels))
     engine = replace(engine, device_bytes=max(0, before - device.memory()[0]))
-    run = Run(options.context or limit, chunk=options.chunk, rows=sizes.rows)
+    run = Run(options.context or limit, chunk=options.chunk, rows=max(sizes.rows, sizes.verify))
     host = MEMORY if device.is_integrated else HOST
-    ledger = _ledger(bundle, engine, sizes, file.measured.bytes, host)
+    ledger = _ledger(bundle, options, engine, sizes, file.measured.bytes, host)
     if options.offload is None:
         plan = fit_plan(bundle, options, ledger, run, free=free)
     else:
@@ -76,9 +77,11 @@ def open_executor(
     return TensorRTExecutor(bundle, engine, kernels, sizes), plan, sizes.tokens - sizes.sequences
 
 
-def _ledger(bundle: Bundle, engine: LoadedEngine, sizes: Sizes, weights: int, host: str) -> Ledger:
+def _ledger(
+    bundle: Bundle, options: EngineOptions, engine: LoadedEngine, sizes: Sizes, weights: int, host: str
+) -> Ledger:
     """What a run takes: the executor's pool by purpose, the engine's weights, memory of the host (which is `host`)."""
-    subject = subject_of(bundle)
+    subject = subject_of(bundle, options)
 
     def lines(run: Run) -> tuple[Line, ...]:
         cache = cache_lines(subject, run, HOST)
@@ -89,7 +92,7 @@ def _ledger(bundle: Bundle, engine: LoadedEngine, sizes: Sizes, weights: int, ho
             Line("weights", weights, "the engine's, which TensorRT allocates"),
             *cache,
             Line("working memory", engine.working_bytes, "of the engine's layers and plugins"),
-            Line("inputs and logits", whole - total(cache) - engine.working_bytes, f"{sizes.rows} rows of logits"),
+            Line("inputs and logits", whole - total(cache) - engine.working_bytes, f"{sizes.most_rows} rows of logits"),
             Line("pinned buffers", pinned_bytes(bundle.config, made), "of the host: inputs, tokens, logits", host),
         )
 
@@ -134,4 +137,5 @@ def _step_sizes(file: EngineFile, options: EngineOptions) -> Sizes:
     sequences = shapes["decode"]["input_ids"][2][0]
     tokens = min(shapes["prefill"]["input_ids"][2][0], options.chunk + sequences)
     width = shapes["prefill"]["page_table"][2][1]
-    return Sizes(tokens=tokens, sequences=sequences, rows=sequences, table_width=width, pages=0)
+    verify = shapes["verify"]["logits_rows"][2][0] // sequences if "verify" in shapes else 0
+    return Sizes(tokens=tokens, sequences=sequences, rows=sequences, table_width=width, pages=0, verify=verify)

@@ -15,7 +15,7 @@ from plugins.infllmv2.vectors import compress_vector, score_vector, select_vecto
 from plugins.linear.launch import GEMM_TOKENS, LinearShape, gemm, gemv, linear, row_tile_choices
 from plugins.linear.vectors import head_vector, linear_vector
 from plugins.paged_attention.launch import AttentionShape, choose_splits
-from plugins.paged_attention.vectors import append_vector, shape_of, split_vector, tiles_vector
+from plugins.paged_attention.vectors import append_vector, keep_vector, shape_of, split_vector, tiles_vector
 from plugins.rms_norm.vectors import add_norm_vector, norm_vector
 from plugins.rope.vectors import table_vector
 from plugins.sampling.vectors import advance_vector, sample_vector
@@ -116,6 +116,7 @@ def vectors_for(model: ModelKernels) -> list[Vector]:
             score_vector(40, blocks=48, selected=20, shape=shape),
             select_vector(5, 300, _select_settings(c), shape),
         ]
+    vectors += tree_vectors(model.attention, sparse=c.sparse is not None)
     if model.weights is not None:
         vectors += _linear_vectors(model, model.weights)
     if model.head is not None:
@@ -123,6 +124,36 @@ def vectors_for(model: ModelKernels) -> list[Vector]:
             head_vector(LinearShape(2, min(c.vocab_size, _MOST_OUTPUTS), c.hidden_size, *model.head, model.element))
         )
     return vectors
+
+
+def tree_vectors(shape: AttentionShape, *, sparse: bool) -> list[Vector]:
+    """Siblings, trees across pages, of all 64 tokens, of earlier steps and of a step's second token; a kept path.
+
+    Dense rows also in windows, which other ones do not have.
+    """
+    tree, short, full = (-1, -1, 0, 0, 2, -1, 1), (-1, 0, -1, 1), tuple(max(-1, i // 2 - 1) for i in range(64))
+    dense, sequences, trees = replace(shape, limit=0), [(300, 9), (62, 2), (60, 12), (3, 2)], [tree, (), tree, short]
+    vectors = [
+        append_vector(sequences, shape, trees),
+        tiles_vector(sequences, dense, trees),
+        keep_vector(125, (125, 127, 128, 131, 188), shape),
+    ]
+    if not sparse:
+        return [
+            *vectors,
+            split_vector(sequences, replace(dense, window=1), 2, trees),
+            tiles_vector(sequences, replace(dense, window=2), trees),
+        ]
+    chosen = replace(shape, limit=6)
+    return [
+        *vectors,
+        tiles_vector(sequences, chosen, trees),
+        split_vector([(700, 65)], chosen, 3, [full]),
+        compress_vector([(100, 70), (31, 1), (120, 12)], shape, [(-1,) * 30, (), tree]),
+        score_vector(5, 16, 6, chosen, short),
+        score_vector(40, 16, 6, chosen, tree),
+        select_vector(12, 300, (1, 2, 6), chosen, (*tree, 6, 4)),
+    ]
 
 
 def decode_vectors(model: ModelKernels, multiprocessors: int) -> list[Vector]:

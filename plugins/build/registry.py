@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from edge.config import ModelConfig
 from plugins.embedding import launch as embedding
@@ -85,8 +86,10 @@ def _attention_launches(config: ModelConfig, element: str, kv_element: str) -> I
             use_nope=sparse is not None and sparse.use_nope,
         )
         yield paged_attention.append(shape)
-        yield paged_attention.attend_tiles(shape, 1)
-        yield paged_attention.attend_split(shape, 1, 1)
+        yield paged_attention.keep(shape)
+        for window in (0,) if sparse else (0, 1):  # dense layers may have one, as those of drafts do
+            yield paged_attention.attend_tiles(replace(shape, window=window), 1)
+            yield paged_attention.attend_split(replace(shape, window=window), 1, 1)
         yield paged_attention.combine(shape, 1, 1)
         if sparse is not None:
             yield infllmv2.compress(shape)

@@ -11,11 +11,17 @@ Inputs, for T new tokens of B sequences, in the order of the operator:
 | | | a value is code x scale, and the largest magnitude of a token's key or value is code 127 or -127 |
 | c1_pool | [pages, Hkv, 4, d] | keys averaged over 32 tokens, every 16; same type as kv_pool; 16 bits beside int8 |
 | c2_pool | [pages, Hkv, 1, d] | keys averaged over 128 tokens, every 64 |
-| positions | [T] int32 | consecutive in each sequence; what the cache held from there on is overwritten |
+| positions | [T] int32 | for the choice of blocks: positions[t] / 64 is a row's own |
+| slots | [T] int32 | consecutive in each sequence; what the cache held from there on is overwritten |
 | query_start | [B + 1] int32 | |
 | page_table | [B, P] int32 | |
+| tree_start, tree_mask | [B], [T, 2] int32 | which slots a row sees: plugins/paged_attention/__init__.py |
 | switch_length | [B] int32 | the length that decides dense or sparse: the whole prompt's, then the context's |
 | sparse_settings | [4] int32 | dense_len (negative: always sparse), init, local and selected blocks |
+
+Rows of a tree attend to every block from tree_start / 64 to slots[t] / 64, chosen or not; these are not counted as
+selected. Blocks are chosen for them, up to their own, by the windows that end before both their position + 1 and the
+tree's start: a tree's keys are averaged when they are kept (`keep_tokens` of meaning.py).
 
 The attribute `max_blocks` is the most blocks that a row may select: kernels' lists are as long.
 
@@ -27,7 +33,7 @@ A window's average is stored with the window's *last* token: window j of stride 
 (j + 1) % 4 of the sequence's page (j + 1) // 4, window j of stride 64 (tokens 64j .. 64j+127) is on page j + 1. So a
 page's compressed keys depend on that page and earlier ones only: truncating, sharing or evicting pages needs no
 repair, and block b pools the five slots from its page's first to the next page's first. A step rewrites the windows
-whose last token it appends.
+whose last token it appends before the tree's start.
 """
 
 WINDOW = 32  # tokens averaged into one fine key (kernel_size); a coarse key averages four times as many

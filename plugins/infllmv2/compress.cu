@@ -1,5 +1,6 @@
 // Averages keys into compressed keys: every window whose last token is among the step's new tokens (spec:
-// infllmv2.md 3.2, 3.3). Fine windows have 32 tokens and end every 16, coarse ones have 128 and end every 64.
+// infllmv2.md 3.2, 3.3), but none of a tree. Fine windows have 32 tokens and end every 16, coarse ones have 128 and end
+// every 64.
 //
 // Grid: (new tokens / tokens_per_block, KV heads, 2: fine, coarse), whatever the positions are; a block looks for
 // window ends among its tokens and mostly finds none. A window is read 16 bytes a thread: D / PIECE threads take one
@@ -18,10 +19,11 @@ struct CompressArguments {
   const float* kv_scales;   // [pages, planes, Hkv, 64], for bytes
   void* c1_pool;            // [pages, Hkv, 4, D] of T
   void* c2_pool;            // [pages, Hkv, 1, D] of T
-  const int* positions;     // [tokens]
+  const int* slots;         // [tokens] where in its sequence's pages each is
   const int* query_start;   // [sequences + 1]
   const int* page_table;    // [sequences, table_width]
   const int* key_table;     // [sequences, table_width]: as page_table, but pages of kv_pool; they may lie elsewhere
+  const int* tree_start;    // [sequences]: the slot at which its tree begins; 2^31 - 1: it has none
   int tokens, sequences, table_width, kv_heads, planes, plane, tokens_per_block;
 };
 
@@ -92,10 +94,10 @@ DEVICE void compress(const CompressArguments& a) {
   T* pool = static_cast<T*>(coarse ? a.c2_pool : a.c1_pool);
   const int first = blockIdx.x * a.tokens_per_block;
   for (int token = first; token < min(first + a.tokens_per_block, a.tokens); ++token) {
-    const int last = a.positions[token];
+    const int last = a.slots[token];
     if ((last + 1) % stride != 0 || last + 1 < 2 * stride) continue;
     const int sequence = sequence_of(a.query_start, a.sequences, token);
-    if (sequence == a.sequences) continue;
+    if (sequence == a.sequences || last >= a.tree_start[sequence]) continue;
     const int64_t table_row = static_cast<int64_t>(sequence) * a.table_width;
     average<T, KV, D>(a, table_row, last, 2 * stride, pool, slots, last % PAGE / stride);
   }

@@ -31,13 +31,14 @@ inline void add_keys(Slice<T> keys, int64_t first, float* total, int64_t dim) {
   }
 }
 
-// Rewrites the windows that end with one of the step's tokens.
+// Rewrites the windows that end with one of the step's tokens; none with those of a tree, which may yet be forgotten.
 template <class E, class T, class W>
 void update_windows(const AttentionStep& s, const Cache<T>& cache, W* windows, int64_t slots, int64_t plane,
                     int64_t sequence, int64_t head) {
   const int64_t begin = s.query_start[sequence], end = s.query_start[sequence + 1];
   if (begin == end) return;
-  const int64_t stride = kPage / slots, from = s.positions[begin], to = s.positions[end - 1] + 1;
+  const int64_t stride = kPage / slots, from = s.slots[begin];
+  const int64_t to = std::min<int64_t>(s.slots[end - 1] + 1, s.tree_start[sequence]);
   for (int64_t u = std::max<int64_t>(1, from / stride); u < to / stride; ++u) {
     float total[kMaxHeadDim] = {};
     for (int64_t token = (u - 1) * stride; token < (u + 1) * stride; token += kStride)

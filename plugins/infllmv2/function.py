@@ -4,33 +4,22 @@ Windows are scored for all rows of the batch at once and masked. With at most as
 the best blocks are gathered: as many as a row selects, or as a sequence below dense_len has. Longer steps score every
 key and mask, as `edge.PagedAttention` does. No size depends on data, which TensorRT needs: rows that end no window
 rewrite a slot that never holds one, the first of their sequence, with what it holds. Slots that no row sees may hold
-anything, even NaN. `edge.InfLLMv2AttentionInt8` is the same on int8 codes with scales, and averages what these stand
-for.
+anything, even NaN. Steps with rows of a tree are long ones. `edge.InfLLMv2AttentionInt8` is the same on int8 codes with
+scales, and averages what these stand for.
 """
 
-from plugins.paged_attention.function import ROW_SEQUENCES, VISIBLE_KEYS, load, store
-
-
-def _index(name: str, shape: str, *parts: str) -> str:
-    """`name` [*shape, len(parts)] for GatherND and ScatterND; parts broadcast to `shape`, which ends in 1."""
-    names = [f"{name}_part{i}" for i in range(len(parts))]
-    expanded = "".join(f"    {n} = Expand({part}, {shape})\n" for n, part in zip(names, parts, strict=True))
-    return f"{expanded}    {name} = Concat<axis = -1>({', '.join(names)})\n"
-
-
-def _constants(kind: str, **values: object) -> str:
-    return "".join(f"    {name} = Constant<{kind} = {value}>()\n" for name, value in values.items())
-
+from plugins.infllmv2.window_function import compress, window_products
+from plugins.paged_attention.function import ROW_SEQUENCES, ROW_SLOTS, constants, indices, load, store, visible_keys
 
 _CONSTANTS = (
-    _constants("value_int", zero=0, one=1, two=2, page_tokens=64)
-    + _constants("value_ints", axis0=[0], axis1=[1], axis2=[2], axis3=[3], minus_one=[-1])
-    + _constants("value_ints", axes12=[1, 2], axes23=[2, 3], axes123=[1, 2, 3], end_pads=[0, 0, 0, 0, 0, 1])
-    + _constants("value_float", nothing_wide=0.0, one_wide=1.0, lowest_wide=-3e38, highest_wide=3e38)
-    + _constants("value_float", removed_wide=-1.0, largest_exponent=80.0)
-    + _constants("value_float: float", scale_wide="@scale")
-    + _constants("value_int: int", hq_scalar="@num_heads", hkv_scalar="@num_kv_heads", d_scalar="@head_dim")
-    + _constants("value_int: int", use_nope_int="@use_nope")
+    constants("value_int", zero=0, one=1, two=2, page_tokens=64)
+    + constants("value_ints", axis0=[0], axis1=[1], axis2=[2], axis3=[3], minus_one=[-1])
+    + constants("value_ints", axes12=[1, 2], axes23=[2, 3], axes123=[1, 2, 3], end_pads=[0, 0, 0, 0, 0, 1])
+    + constants("value_float", nothing_wide=0.0, one_wide=1.0, lowest_wide=-3e38, highest_wide=3e38)
+    + constants("value_float", removed_wide=-1.0, largest_exponent=80.0)
+    + constants("value_float: float", scale_wide="@scale")
+    + constants("value_int: int", hq_scalar="@num_heads", hkv_scalar="@num_kv_heads", d_scalar="@head_dim")
+    + constants("value_int: int", use_nope_int="@use_nope")
     + """
     use_nope_bool = Cast<to = 9>(use_nope_int)
     hq = Unsqueeze(hq_scalar, axis0)
@@ -67,7 +56,9 @@ _ROTATE = """
 
 _APPEND = (
     ROW_SEQUENCES
+    + ROW_SLOTS
     + """
+    is_before_tree_row = Less(slot, row_tree_start)
     sequence_column = Unsqueeze(sequence, axis1)
 
     position = Cast<to = 7>(positions)
@@ -77,10 +68,9 @@ _APPEND = (
     sequences, pages_per_sequence_1d = Split<axis = 0, num_outputs = 2>(table_shape)
     pages_per_sequence = Squeeze(pages_per_sequence_1d, axis0)
     row_table = Gather<axis = 0>(table, sequence)
-    block = Div(position, page_tokens)
-    block_column = Unsqueeze(block, axis1)
-    slot = Mod(position, page_tokens)
-    page = GatherElements<axis = 1>(row_table, block_column)
+    page_index = Div(slot_column, page_tokens)
+    place = Mod(slot, page_tokens)
+    page = GatherElements<axis = 1>(row_table, page_index)
 
     planes_scalar = Add(use_nope_int, two)
     planes = Unsqueeze(planes_scalar, axis0)
@@ -89,10 +79,10 @@ _APPEND = (
     page_parts = Unsqueeze(page, axis2)
     kv_heads = Range(zero, hkv_scalar, one)
     head_parts = Unsqueeze(kv_heads, axis1)
-    slot_parts = Unsqueeze(slot, axes12)
+    place_parts = Unsqueeze(place, axes12)
     kv_shape = Concat<axis = 0>(planes, token_count, hkv, axis1)
 """
-    + _index("kv_index", "kv_shape", "page_parts", "plane_parts", "head_parts", "slot_parts")
+    + indices("kv_index", "kv_shape", "page_parts", "plane_parts", "head_parts", "place_parts")
     + """
     k_plane = Unsqueeze(k, axis0)
     v_plane = Unsqueeze(v, axis0)
@@ -104,99 +94,6 @@ _APPEND = (
 )
 
 
-def _compress(name: str, stride: int, int8: bool) -> str:
-    """Average the windows of two strides that end in this step: every sequence has at most one in each stride.
-
-    Sums run over the innermost axis: ONNX Runtime's order of summation depends on the number of windows otherwise.
-    """
-    window = 2 * stride
-    return (
-        _constants("value_int", NAME_stride=stride, NAME_per_page=64 // stride, NAME_last_in_stride=stride - 1)
-        + _constants("value_int", NAME_first_end=window - 1, NAME_first_token=1 - window)
-        + _constants("value_ints", NAME_window_1d=[window])
-        + """
-    NAME_in_stride = Mod(position, NAME_stride)
-    NAME_at_edge = Equal(NAME_in_stride, NAME_last_in_stride)
-    NAME_is_full = GreaterOrEqual(position, NAME_first_end)
-    NAME_ends = And(NAME_at_edge, NAME_is_full)
-    NAME_ends_wide = Cast<to = 1>(NAME_ends)
-    NAME_whole_strides = Div(token_count, NAME_stride)
-    NAME_most_ends = Add(NAME_whole_strides, sequences)
-    NAME_count = Min(NAME_most_ends, token_count)
-    NAME_is_end, NAME_row = TopK<axis = 0>(NAME_ends_wide, NAME_count)
-    NAME_valid = Cast<to = 9>(NAME_is_end)
-
-    NAME_position = Gather<axis = 0>(position, NAME_row)
-    NAME_position_column = Unsqueeze(NAME_position, axis1)
-    NAME_row_table = Gather<axis = 0>(row_table, NAME_row)
-    NAME_span = Range(NAME_first_token, one, one)
-    NAME_token_any = Add(NAME_position_column, NAME_span)
-    NAME_token = Max(NAME_token_any, zero)
-    NAME_token_block = Div(NAME_token, page_tokens)
-    NAME_token_page = GatherElements<axis = 1>(NAME_row_table, NAME_token_block)
-    NAME_token_slot = Mod(NAME_token, page_tokens)
-    NAME_page_of = Unsqueeze(NAME_token_page, axes23)
-    NAME_slot_of = Unsqueeze(NAME_token_slot, axes23)
-    NAME_keys_shape = Concat<axis = 0>(NAME_count, NAME_window_1d, hkv, axis1)
-"""
-        + _index("NAME_keys_index", "NAME_keys_shape", "NAME_page_of", "averaged_plane", "head_parts", "NAME_slot_of")
-        + load("NAME_keys_stored", "GatherND", "NAME_keys_index", int8)
-        + """
-    NAME_keys = Cast<to = 1>(NAME_keys_stored)
-    NAME_keys_by_channel = Transpose<perm = [0, 2, 3, 1]>(NAME_keys)
-    NAME_mean = ReduceMean<keepdims = 0>(NAME_keys_by_channel, minus_one)
-"""
-    ).replace("NAME", name) + _store_windows(name)
-
-
-def _store_windows(name: str) -> str:
-    """The averages to their slots; rows that end no window rewrite the slot that never holds one."""
-    return (
-        """
-    NAME_window_slot = Div(NAME_position, NAME_stride)
-    NAME_any_slot = Where(NAME_valid, NAME_window_slot, zero)
-    NAME_page_index = Div(NAME_any_slot, NAME_per_page)
-    NAME_page_index_column = Unsqueeze(NAME_page_index, axis1)
-    NAME_page = GatherElements<axis = 1>(NAME_row_table, NAME_page_index_column)
-    NAME_page_parts = Unsqueeze(NAME_page, axis2)
-    NAME_slot = Mod(NAME_any_slot, NAME_per_page)
-    NAME_slot_parts = Unsqueeze(NAME_slot, axes12)
-    NAME_index_shape = Concat<axis = 0>(NAME_count, hkv, axis1)
-"""
-        + _index("NAME_index", "NAME_index_shape", "NAME_page_parts", "head_parts", "NAME_slot_parts")
-        + """
-    NAME_old_stored = GatherND(NAME_pool, NAME_index)
-    NAME_old = Cast<to = 1>(NAME_old_stored)
-    NAME_valid_parts = Unsqueeze(NAME_valid, axes12)
-    NAME_new_wide = Where(NAME_valid_parts, NAME_mean, NAME_old)
-    NAME_new = CastLike(NAME_new_wide, NAME_pool)
-    NAME_pool_out = ScatterND(NAME_pool, NAME_index, NAME_new)
-"""
-    ).replace("NAME", name)
-
-
-def _window_products(name: str) -> str:
-    """Every row times every window of the batch, and which of them the row may see; window j is slot j + 1."""
-    return """
-    NAME_pages_stored = Gather<axis = 0>(NAME_pool_out, table_flat)
-    NAME_pages = Cast<to = 1>(NAME_pages_stored)
-    NAME_by_head = Transpose<perm = [1, 3, 0, 2]>(NAME_pages)
-    NAME_flat = Reshape(NAME_by_head, keys_flat_shape)
-    NAME_product = MatMul(q_scored_by_head, NAME_flat)
-    NAME_slots_per_sequence = Mul(pages_per_sequence, NAME_per_page)
-    NAME_slot_count = Mul(table_size, NAME_per_page)
-    NAME_slot_range = Range(zero, NAME_slot_count, one)
-    NAME_slot_sequence = Div(NAME_slot_range, NAME_slots_per_sequence)
-    NAME_slot_index = Mod(NAME_slot_range, NAME_slots_per_sequence)
-    NAME_same_sequence = Equal(NAME_slot_sequence, sequence_column)
-    NAME_past_strides = Div(next_position_column, NAME_stride)
-    NAME_not_future = Less(NAME_slot_index, NAME_past_strides)
-    NAME_is_window = GreaterOrEqual(NAME_slot_index, one)
-    NAME_past = And(NAME_same_sequence, NAME_not_future)
-    NAME_visible = And(NAME_past, NAME_is_window)
-""".replace("NAME", name)
-
-
 _SCORE = (
     """
     table_flat = Reshape(table, minus_one)
@@ -204,13 +101,14 @@ _SCORE = (
     keys_flat_shape = Concat<axis = 0>(hkv, axis1, d, minus_one)
     grouped_shape = Concat<axis = 0>(axis0, hkv, group, d)
     next_position_column = Add(position_column, one)
+    seen_end_column = Min(next_position_column, tree_start_column)
     q_scored = Where(use_nope_bool, q_plain, q)
     q_scored_wide = Cast<to = 1>(q_scored)
     q_scored_scaled = Mul(q_scored_wide, scale_wide)
     q_scored_grouped = Reshape(q_scored_scaled, grouped_shape)
     q_scored_by_head = Transpose<perm = [1, 2, 0, 3]>(q_scored_grouped)
 """
-    + _window_products("c2")
+    + window_products("c2")
     + """
     c2_masked = Where(c2_visible, c2_product, lowest_wide)
     c2_maximum = ReduceMax(c2_masked, minus_one)
@@ -221,7 +119,7 @@ _SCORE = (
     c2_total = Max(c2_total_any, one_wide)
     has_coarse = Greater(c2_past_strides, one)
 """
-    + _window_products("c1")
+    + window_products("c1")
     + """
     c1_shifted_any = Sub(c1_product, c2_maximum)
     c1_shifted = Min(c1_shifted_any, largest_exponent)
@@ -254,6 +152,7 @@ _SELECT = """
     is_dense = Less(switch_row, dense_len)
     is_dense_column = Unsqueeze(is_dense, axis1)
 
+    block_column = Div(position_column, page_tokens)
     block_range = Range(zero, pages_per_sequence, one)
     is_init = Less(block_range, init_blocks)
     first_local = Sub(block_column, local_blocks)
@@ -279,7 +178,7 @@ _SELECT = """
     q_scaled_wide = Mul(q_wide, scale_wide)
     q_scaled = CastLike(q_scaled_wide, qkv)
     q_grouped = Reshape(q_scaled, grouped_shape)
-    slot_range = Range(zero, page_tokens, one)
+    place_range = Range(zero, page_tokens, one)
 """
 
 _CHOOSE = (
@@ -291,8 +190,8 @@ _CHOOSE = (
         block_head_parts = Unsqueeze(kv_heads, axes123)
         best_index_shape = Concat<axis = 0>(best_shape, axis1)
 """
-    + _index("best_k_index", "best_index_shape", "best_page_parts", "zero", "block_head_parts")
-    + _index("best_v_index", "best_index_shape", "best_page_parts", "one", "block_head_parts")
+    + indices("best_k_index", "best_index_shape", "best_page_parts", "zero", "block_head_parts")
+    + indices("best_v_index", "best_index_shape", "best_page_parts", "one", "block_head_parts")
 )
 
 _GATHER_SELECTED = """
@@ -304,9 +203,9 @@ _GATHER_SELECTED = """
 
         best_column = Unsqueeze(best, axis3)
         best_start = Mul(best_column, page_tokens)
-        best_position = Add(best_start, slot_range)
-        last_visible = Unsqueeze(position, axes12)
-        best_not_future = LessOrEqual(best_position, last_visible)
+        best_slot = Add(best_start, place_range)
+        last_visible = Unsqueeze(slot, axes12)
+        best_not_future = LessOrEqual(best_slot, last_visible)
         kept_column = Unsqueeze(kept, axis2)
         best_visible_blocks = And(best_not_future, kept_column)
         best_visible_shape = Concat<axis = 0>(hkv, token_count, minus_one)
@@ -344,14 +243,19 @@ _MASK_ALL = (
         v_flat_any = CastLike(v_flat_stored, qkv)
 
 """
-    + VISIBLE_KEYS
+    + visible_keys(window=False)
     + """
         v_flat = Where(written_column, v_flat_any, nothing)
 
-        key_block = Div(key_position, page_tokens)
         chosen_keys_number = Gather<axis = 2>(chosen_number, key_block)
         chosen_keys = Cast<to = 9>(chosen_keys_number)
-        attended = And(chosen_keys, visible)
+        tree_start_block = Div(tree_start_column, page_tokens)
+        is_in_tree_block = GreaterOrEqual(key_block, tree_start_block)
+        is_tree_row = Not(is_before_tree_row)
+        is_tree_row_column = Unsqueeze(is_tree_row, axis1)
+        is_attended_anyway = And(is_in_tree_block, is_tree_row_column)
+        attended_keys = Or(chosen_keys, is_attended_anyway)
+        attended = And(attended_keys, visible)
         attended_heads = Unsqueeze(attended, axis1)
         q_by_head = Transpose<perm = [1, 2, 0, 3]>(q_grouped)
         scores = MatMul(q_by_head, k_flat)
@@ -369,7 +273,11 @@ def _attend(int8: bool) -> str:
     pages = load("pages", "Gather<axis = 0>", "table_flat", int8)
     return f"""
     few_rows = LessOrEqual(token_count, sequences)
-    is_decode = Squeeze(few_rows, axis0)
+    before_tree_number = Cast<to = 7>(is_before_tree_row)
+    no_tree_number = ReduceMin<keepdims = 0>(before_tree_number, axis0)
+    no_tree = Cast<to = 9>(no_tree_number)
+    few_rows_scalar = Squeeze(few_rows, axis0)
+    is_decode = And(few_rows_scalar, no_tree)
     attention_wide = If (is_decode) <
         then_branch = selected_blocks_graph () => (float gathered) {{{_CHOOSE}{best}{_GATHER_SELECTED}        }},
         else_branch = all_blocks_graph () => (float all_masked) {{
@@ -383,13 +291,13 @@ def _attend(int8: bool) -> str:
 
 def _infllmv2_attention(int8: bool) -> str:
     suffix, scales, scales_out = ("Int8", "kv_scales, ", "kv_scales_out, ") if int8 else ("", "", "")
-    windows = _compress("c1", 16, int8) + _compress("c2", 64, int8)
+    windows = compress("c1", 16, int8) + compress("c2", 64, int8)
     return f"""
 <domain: "edge", opset_import: ["" : 21]>
 InfLLMv2Attention{suffix}
     <num_heads, num_kv_heads, head_dim, scale, use_nope, max_blocks, plugin_namespace, plugin_version>
-    (qkv, cos, sin, kv_pool, {scales}c1_pool, c2_pool, positions, query_start, page_table, switch_length,
-     sparse_settings) => (output, kv_pool_out, {scales_out}c1_pool_out, c2_pool_out)
+    (qkv, cos, sin, kv_pool, {scales}c1_pool, c2_pool, positions, slots, query_start, page_table, tree_start, tree_mask,
+     switch_length, sparse_settings) => (output, kv_pool_out, {scales_out}c1_pool_out, c2_pool_out)
 {{{_CONSTANTS}{_ROTATE}{_APPEND}{store("kv_index", int8)}{windows}{_SCORE}{_SELECT}{_attend(int8)}}}
 """
 

@@ -16,7 +16,6 @@ from plugins.launch import Kernel, Launch, divide_up
 from plugins.paged_attention.launch import MAX_GROUP, AttentionShape
 
 MOST_SINGLE_TOKENS = 32  # of a step whose tokens get thread blocks of their own
-_STEP = ("positions", "query_start")
 _SETTINGS = ("switch_length", "sparse_settings")
 
 # As in compress.cu, score.cu and select.cu.
@@ -29,13 +28,14 @@ _SELECT_THREADS, _SELECT_SHARED = 256, 1096
 def scratch(shape: AttentionShape) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """What the launches pass on: softmax and block_scores from kernel to kernel, blocks and block_counts to attention.
 
-    blocks [T, Hkv, limit] are ascending and end in -1, block_counts [T, Hkv] of them are chosen; 0 of dense sequences.
+    blocks [T, Hkv, columns] are ascending and end in -1, block_counts [T, Hkv] of them are attended to; 0 of dense
+    sequences.
     """
     rows, real, integer = (shape.tokens, shape.kv_heads), np.dtype(np.float32), np.dtype(np.int32)
     return {
         "softmax": ((*rows, MAX_GROUP, 2), real),
         "block_scores": ((*rows, _score_width(shape), 2), real),
-        "blocks": ((*rows, shape.limit), integer),
+        "blocks": ((*rows, shape.columns), integer),
         "block_counts": (rows, integer),
     }
 
@@ -52,9 +52,11 @@ def compress(shape: AttentionShape, key_table: str = "page_table") -> Launch:
         "kv_scales" if shape.is_byte else None,
         "c1_pool",
         "c2_pool",
-        *_STEP,
+        "slots",
+        "query_start",
         "page_table",
         key_table,
+        "tree_start",
         np.int32(shape.tokens),
         np.int32(shape.sequences),
         np.int32(shape.table_width),
@@ -107,8 +109,10 @@ def _score(shape: AttentionShape, scale: float, kernel: Kernel, chunks: int, mer
         "qkv" if shape.use_nope else "q",
         "c1_pool",
         "c2_pool",
-        *_STEP,
+        "positions",
+        "query_start",
         "page_table",
+        "tree_start",
         *_SETTINGS,
         "softmax",
         "block_scores",
@@ -129,21 +133,25 @@ def _score(shape: AttentionShape, scale: float, kernel: Kernel, chunks: int, mer
 
 
 def select(shape: AttentionShape) -> Launch:
-    """block_scores -> blocks, block_counts: as many as sparse_settings asks for, at most shape.limit."""
+    """block_scores -> blocks, block_counts: as many as sparse_settings asks for, at most shape.limit, and a tree's."""
     if shape.limit < 1:
         raise UsageError(f"limit {shape.limit} leaves no block to attend to: give the most that a row may select")
     arguments = (
         "block_scores",
-        *_STEP,
+        "positions",
+        "slots",
+        "query_start",
         *_SETTINGS,
+        "tree_start",
         "blocks",
         "block_counts",
         np.int32(shape.sequences),
         np.int32(shape.kv_heads),
         np.int32(_score_width(shape)),
         np.int32(shape.limit),
+        np.int32(shape.columns),
     )
-    kernel = Kernel("infllmv2/select.cu", "infllmv2::select", "infllmv2::SelectArguments", _SELECT_THREADS)
+    kernel = Kernel("infllmv2/select.cu", "infllmv2::select", "infllmv2::SelectArguments", _SELECT_THREADS, 5)
     grid = (shape.tokens, shape.kv_heads, 1)
     return Launch(kernel, grid, arguments, _SELECT_SHARED + 4 * _score_width(shape))
 

@@ -2,7 +2,8 @@
 
 Every query token attends, in each KV head, to the blocks of 64 tokens that the head's queries score highest on
 averaged keys. Score, tie and causal rules are exact: no key after the query is averaged, scored or attended, and
-equal scores go to the lower block. Short sequences attend to everything.
+equal scores go to the lower block. Short sequences attend to everything. Tokens of a tree see what
+plugins/paged_attention says; their blocks are attended besides those chosen, and their keys are not averaged.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import numpy as np
 
 from plugins import PAGE_TOKENS
 from plugins.infllmv2 import STRIDE, WINDOW
-from plugins.paged_attention.meaning import append, causal_attention, gather, rotate, stored_values
+from plugins.paged_attention import meaning as paged
+from plugins.paged_attention.meaning import append, attend, gather, rotate, stored_values, visible_keys
 
 FINE, COARSE = (WINDOW, STRIDE), (4 * WINDOW, 4 * STRIDE)
 LARGEST_EXPONENT = np.float32(80)  # exp(80) times any number of heads is finite
@@ -29,19 +31,42 @@ def visible_windows(i: np.ndarray, window: int, stride: int) -> np.ndarray:
 
 
 def compress(
-    pool: np.ndarray, kv_pool: np.ndarray, pages: np.ndarray, positions: np.ndarray, window: int, stride: int
+    pool: np.ndarray, kv_pool: np.ndarray, pages: np.ndarray, slots: np.ndarray, window: int, stride: int
 ) -> None:
-    """Write, in place, the average of every window that ends in `positions`.
+    """Write, in place, the average of every window that ends in `slots`.
 
     pool [pages, Hkv, 64 / stride, d]; kv_pool [pages, 2 or 3, Hkv, 64, d] gives the keys as it stores them: before
     rotation if it has a third plane. float32 sums, rounded once to the pool's type (spec: infllmv2.md 3.2).
     """
     plane = 2 if kv_pool.shape[1] == 3 else 0
-    last = positions[(positions >= window - 1) & ((positions + 1) % stride == 0)]
+    last = slots[(slots >= window - 1) & ((slots + 1) % stride == 0)]
     tokens = last[:, None] + np.arange(1 - window, 1)
     keys = kv_pool[pages[tokens // PAGE_TOKENS], plane, :, tokens % PAGE_TOKENS]  # [windows, window, Hkv, d]
-    page, slot = np.divmod(last // stride, PAGE_TOKENS // stride)
-    pool[pages[page], :, slot] = keys.mean(axis=1, dtype=np.float32)
+    page, place = np.divmod(last // stride, PAGE_TOKENS // stride)
+    pool[pages[page], :, place] = keys.mean(axis=1, dtype=np.float32)
+
+
+def compress_all(
+    c1_pool: np.ndarray, c2_pool: np.ndarray, kv_pool: np.ndarray, pages: np.ndarray, slots: np.ndarray
+) -> None:
+    """`compress` of both kinds of windows."""
+    compress(c1_pool, kv_pool, pages, slots, *FINE)
+    compress(c2_pool, kv_pool, pages, slots, *COARSE)
+
+
+def keep_tokens(
+    kv_pool: np.ndarray,
+    c1_pool: np.ndarray,
+    c2_pool: np.ndarray,
+    pages: np.ndarray,
+    first: int,
+    slots: np.ndarray,
+    kv_scales: np.ndarray | None = None,
+) -> None:
+    """`paged_attention.meaning.keep_tokens`, and the average of every window that ends with one of these tokens."""
+    paged.keep_tokens(kv_pool, pages, first, slots, kv_scales)
+    kept = first + np.arange(len(slots))
+    compress_all(c1_pool, c2_pool, stored_values(kv_pool, kv_scales), np.asarray(pages), kept)
 
 
 def stored_windows(pool: np.ndarray, pages: np.ndarray, count: int) -> np.ndarray:
@@ -61,16 +86,16 @@ def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x.reshape(x.shape[0], -1, x.shape[3]) @ y).reshape(*x.shape[:3], y.shape[2])
 
 
-def window_scores(q: np.ndarray, c1: np.ndarray, c2: np.ndarray, positions: np.ndarray, scale: float) -> np.ndarray:
+def window_scores(q: np.ndarray, c1: np.ndarray, c2: np.ndarray, last: np.ndarray, scale: float) -> np.ndarray:
     """S: every group's softmax over the fine keys, normalised over the coarse ones (spec: infllmv2.md 3.5).
 
-    q [T, Hq, d] at absolute `positions`; c1 [Hkv, n1, d]; c2 [Hkv, n2, d]. -> [Hkv, T, n1] float32, finite, 0 for
-    windows that end after the row and for rows that no coarse window precedes.
+    q [T, Hq, d]; c1 [Hkv, n1, d]; c2 [Hkv, n2, d]; last [T]: the last token whose windows a row sees. ->
+    [Hkv, T, n1] float32, finite, 0 for windows that end after it and for rows that no coarse window precedes.
     """
     queries = by_kv_head(q, c1.shape[0])
     fine, coarse = (np.float32(scale) * products(queries, c.swapaxes(1, 2)) for c in (c1, c2))  # [Hkv, G, T, n]
-    fine_visible = np.arange(c1.shape[1]) < visible_windows(positions, *FINE)[:, None]
-    coarse_visible = np.arange(c2.shape[1]) < visible_windows(positions, *COARSE)[:, None]
+    fine_visible = np.arange(c1.shape[1]) < visible_windows(last, *FINE)[:, None]
+    coarse_visible = np.arange(c2.shape[1]) < visible_windows(last, *COARSE)[:, None]
     lowest = np.finfo(np.float32).min
     maximum = np.max(coarse, axis=-1, keepdims=True, where=coarse_visible, initial=lowest)
     weights = np.exp(coarse - maximum, where=coarse_visible, out=np.zeros_like(coarse))
@@ -107,6 +132,12 @@ def select_blocks(scores: np.ndarray, positions: np.ndarray, init: int, local: i
     return chosen & (block <= own)
 
 
+def tree_blocks(slots: np.ndarray, tree_start: int, blocks: int) -> np.ndarray:
+    """Which blocks a row attends to whether chosen or not, [T, blocks]: a tree's, up to the row's own slot."""
+    block, slot = np.arange(blocks), slots[:, None]
+    return (slot >= tree_start) & (block >= tree_start // PAGE_TOKENS) & (block <= slot // PAGE_TOKENS)
+
+
 def masked_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:
     """q [T, Hq, d]; k, v [n, Hkv, d]; visible [Hkv, T, n], shared by the heads of a group. -> [T, Hq, d]."""
     keys, values = k.transpose(1, 2, 0).astype(np.float32), v.swapaxes(0, 1).astype(np.float32)
@@ -125,8 +156,11 @@ def infllmv2_attention(
     c1_pool: np.ndarray,
     c2_pool: np.ndarray,
     positions: np.ndarray,
+    slots: np.ndarray,
     query_start: np.ndarray,
     page_table: np.ndarray,
+    tree_start: np.ndarray,
+    tree_mask: np.ndarray,
     switch_length: np.ndarray,
     sparse_settings: np.ndarray,
     *,
@@ -153,23 +187,24 @@ def infllmv2_attention(
         if not len(new):
             continue
         planes = (k[new], v[new], k_plain[new])[: 3 if use_nope else 2]
-        append(kv_pool, planes, pages, positions[new], kv_scales)
-        stored = stored_values(kv_pool, kv_scales)
-        compress(c1_pool, stored, pages, positions[new], *FINE)
-        compress(c2_pool, stored, pages, positions[new], *COARSE)
+        append(kv_pool, planes, pages, slots[new], kv_scales)
+        stored, start = stored_values(kv_pool, kv_scales), int(tree_start[b])
+        compress_all(c1_pool, c2_pool, stored, pages, slots[new][slots[new] < start])
 
-        length = int(positions[new].max()) + 1
+        length = int(slots[new].max()) + 1
         keys, values = (kept.astype(q.dtype) for kept in gather(stored[:, :2], pages, length))
         c1 = stored_windows(c1_pool, pages, window_count(length, *FINE))
         c2 = stored_windows(c2_pool, pages, window_count(length, *COARSE))
         blocks = -(-length // PAGE_TOKENS)
         for rows in np.array_split(new, -(-len(new) // ROWS)):
-            at = positions[rows]
+            visible = visible_keys(slots[rows], start, tree_mask[rows], length)
             if switch_length[b] < dense_len:
-                out[rows] = causal_attention(q[rows], keys, values, at, scale)
+                out[rows] = attend(q[rows], keys, values, visible, scale)
                 continue
-            scores = block_scores(window_scores(q_scored[rows], c1, c2, at, scale), blocks)
-            chosen = select_blocks(scores, at, init, local, selected)
-            visible = chosen.repeat(PAGE_TOKENS, axis=-1)[..., :length] & (np.arange(length) <= at[:, None])
-            out[rows] = masked_attention(q[rows], keys, values, visible, scale)
+            last = np.minimum(positions[rows], start - 1)
+            scores = block_scores(window_scores(q_scored[rows], c1, c2, last, scale), blocks)
+            chosen = select_blocks(scores, positions[rows], init, local, selected)
+            chosen |= tree_blocks(slots[rows], start, blocks)
+            attended = chosen.repeat(PAGE_TOKENS, axis=-1)[..., :length] & visible
+            out[rows] = masked_attention(q[rows], keys, values, attended, scale)
     return out.reshape(tokens, -1)

@@ -25,7 +25,7 @@ def run_offloaded(shape: AttentionShape, scale: float, call: Call, offload: Page
     for run in offload.writing(pool, call.stream):
         call.queue(_write(replace(shape, tokens=len(run))), {**tables, **_from_token(call, shape, run.start)})
     call.queue(_choose(shape, scale), {})
-    for run in offload.reading(pool, blocks, counts, shape.limit, call.stream):
+    for run in offload.reading(pool, blocks, counts, shape.columns, call.stream):
         launches = _read(replace(shape, tokens=len(run)), scale, call.launcher.multiprocessors)
         call.queue(launches, {**tables, **_from_token(call, shape, run.start)})
 
@@ -54,8 +54,10 @@ def _from_token(call: Call, shape: AttentionShape, first: int) -> dict[str, int]
         "cos": shape.head_dim // 2 * real,
         "sin": shape.head_dim // 2 * real,
         "positions": integer,
+        "slots": integer,
+        "tree_mask": 8,
         "q": shape.heads * shape.head_dim * value,
-        "blocks": shape.kv_heads * shape.limit * integer,
+        "blocks": shape.kv_heads * shape.columns * integer,
         "block_counts": shape.kv_heads * integer,
         "output": shape.heads * shape.head_dim * value,
     }

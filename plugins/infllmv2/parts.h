@@ -8,6 +8,8 @@ namespace edge {
 constexpr int64_t kPartWindows = 1024;  // fine ones, of 16 K tokens
 constexpr int64_t kPartCoarse = kPartWindows * kCoarseSlots / kFineSlots;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // What a thread chooses blocks in.
 template <class T, class E>
 SelectionBuffers<T, E>& selection_buffers() {
@@ -20,7 +22,7 @@ inline bool is_dense(const SparseSettings& settings, const int32_t* switch_lengt
 }
 
 inline void set_all_blocks(const AttentionStep& s, const TokenTile& tile, BlockMask& mask) {
-  for (int64_t t = tile.first; t < tile.last; ++t) set_range(mask.row(t, tile.head), 0, s.positions[t] / kPage + 1);
+  for (int64_t t = tile.first; t < tile.last; ++t) set_range(mask.row(t, tile.head), 0, s.slots[t] / kPage + 1);
 }
 
 // One token of one KV head.
@@ -43,7 +45,8 @@ class TokenSelection {
       const bool is_chosen = blocks > settings.selected_blocks && !is_dense(settings, switch_length, *tile);
       tokens_.push_back({*tile, is_chosen, {}, {}, {}, {}});
       if (!is_chosen) continue;
-      const int64_t parts = (coarse_windows(s, *tile).end + kPartCoarse - 1) / kPartCoarse;
+      const int64_t parts = std::max(divide_up(coarse_windows(s, *tile).end, kPartCoarse),
+                                     divide_up(fine_windows(s, settings, *tile).end, kPartWindows));
       for (int64_t part = 0; part < parts; ++part) parts_.push_back({tokens_.size() - 1, part});
       TokenScores& token = tokens_.back();
       fill(token.row_max, parts * s.group(), 0.0f);
@@ -108,6 +111,7 @@ class TokenSelection {
     }
     choose_blocks(settings_, s_.positions[token.tile.first] / kPage, token.block_scores.data(),
                   mask.row(token.tile.first, token.tile.head));
+    set_tree_blocks(s_, token.tile, mask);
   }
 
   const AttentionStep& s_;

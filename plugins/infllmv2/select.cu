@@ -1,6 +1,6 @@
 // Chooses the blocks that each new token attends to in each KV head (spec: infllmv2.md 3.6, 3.7, 3.9): at most
 // `selected`, forced ones (the first `init`, the token's own and the `local` before it) and then by (score descending,
-// block ascending), never a block after the token's own.
+// block ascending), never a block after the token's own. A row of a tree is given the tree's blocks too, chosen or not.
 //
 // One thread block a row (grid: tokens, KV heads). Scores are not negative, so their bits are ordered as they are;
 // forced blocks get a key above all of them. Four passes over the keys in shared memory, 8 bits each, find the last
@@ -17,12 +17,14 @@ constexpr uint32_t FORCED = 0xffffffff;
 struct SelectArguments {
   const float2* scores;      // [tokens, Hkv, score_width]: own, first (score.cu)
   const int* positions;      // [tokens]
+  const int* slots;          // [tokens] where in its sequence's pages each is
   const int* query_start;    // [sequences + 1]
   const int* switch_length;  // [sequences]
   const int* settings;       // [4], see Setting
-  int* blocks;               // [tokens, Hkv, limit]
+  const int* tree_start;     // [sequences]: the slot at which its tree begins; 2^31 - 1: it has none
+  int* blocks;               // [tokens, Hkv, columns]
   int* counts;               // [tokens, Hkv]
-  int sequences, kv_heads, score_width, limit;
+  int sequences, kv_heads, score_width, limit, columns;
 };
 
 // The state of the search: the key's bits found so far, and how many of the keys that have them are chosen.
@@ -37,12 +39,14 @@ struct SelectShared {
 };
 static_assert(sizeof(SelectShared) == 1096, "launch.py says how much shared memory there is");
 
-// Keys of blocks 0 .. own.
-DEVICE void load_keys(uint32_t* keys, const float2* scores, int own, int init, int local) {
+// Keys of blocks 0 .. own. `scored`: the last block with a score; of a tree's row it may be the one before its own.
+DEVICE void load_keys(uint32_t* keys, const float2* scores, int own, int scored, int init, int local) {
   for (int b = threadIdx.x; b <= own; b += SELECT_THREADS) {
     const bool forced = b < init || b >= own - local;
     keys[b] = forced ? FORCED : bits<uint32_t>(fmaxf(scores[b].x, scores[b + 1].y));
   }
+  const bool is_last = scored < own && scored >= init && scored < own - local;
+  if (is_last && threadIdx.x == scored % SELECT_THREADS) keys[scored] = bits<uint32_t>(scores[scored].x);
 }
 
 // One warp: finds the digit at `shift` of the last chosen key among those in the histogram, and clears it.
@@ -128,27 +132,52 @@ DEVICE void write_chosen(SelectShared& shared, const uint32_t* keys, int count, 
   }
 }
 
+// Empty if the last comes before the first.
+struct TreeBlocks {
+  int first, last;
+};
+
+// The blocks that a row is given besides: those of its sequence's tree up to its own slot, at most `room`.
+DEVICE TreeBlocks tree_blocks(int slot, int tree_start, int room) {
+  if (slot < tree_start) return {0, -1};
+  return {tree_start / PAGE, min(slot / PAGE, tree_start / PAGE + room - 1)};
+}
+
+// One thread: puts them behind the chosen ones before them, in the place of others. -> how many there are in all.
+DEVICE int add_tree(int* out, int chosen, TreeBlocks tree) {
+  while (chosen > 0 && out[chosen - 1] >= tree.first) --chosen;
+  for (int b = tree.first; b <= tree.last; ++b) out[chosen++] = b;
+  return chosen;
+}
+
 DEVICE void select(const SelectArguments& a) {
   SHARED_MEMORY(raw);  // SelectShared, keys [score_width]
   SelectShared& shared = *reinterpret_cast<SelectShared*>(raw);
   uint32_t* keys = reinterpret_cast<uint32_t*>(raw + sizeof(SelectShared));
   const int token = blockIdx.x, sequence = sequence_of(a.query_start, a.sequences, token);
   const int64_t row = static_cast<int64_t>(token) * a.kv_heads + blockIdx.y;
-  int* out = a.blocks + row * a.limit;
+  int* out = a.blocks + row * a.columns;
 
-  int blocks = 0;  // that the row can see
-  if (sequence < a.sequences && is_sparse(a.settings, a.switch_length, sequence))
+  int blocks = 0, scored = 0;  // blocks: that the row may choose among
+  TreeBlocks tree = {0, -1};
+  if (sequence < a.sequences && is_sparse(a.settings, a.switch_length, sequence)) {
     blocks = a.positions[token] / PAGE + 1;
+    scored = last_scored(a.positions[token], a.tree_start[sequence]) / PAGE;
+    tree = tree_blocks(a.slots[token], a.tree_start[sequence], a.columns - a.limit);
+  }
   const int chosen = min(min(a.settings[SELECTED], a.limit), blocks);
   if (threadIdx.x == 0) a.counts[row] = chosen;
-  for (int i = chosen + threadIdx.x; i < a.limit; i += SELECT_THREADS) out[i] = -1;
+  for (int i = chosen + threadIdx.x; i < a.columns; i += SELECT_THREADS) out[i] = -1;
   if (chosen == blocks) {
     for (int b = threadIdx.x; b < blocks; b += SELECT_THREADS) out[b] = b;
   } else if (chosen > 0) {
-    load_keys(keys, a.scores + row * a.score_width, blocks - 1, a.settings[INIT], a.settings[LOCAL]);
+    load_keys(keys, a.scores + row * a.score_width, blocks - 1, scored, a.settings[INIT], a.settings[LOCAL]);
     const Search last = find_last_key(shared, keys, blocks, chosen);
     write_chosen(shared, keys, blocks, last, out);
   }
+  if (tree.first > tree.last) return;
+  __syncthreads();
+  if (threadIdx.x == 0) a.counts[row] = add_tree(out, chosen, tree);
 }
 
 }  // namespace infllmv2

@@ -99,9 +99,14 @@ struct WindowRange {
   int64_t begin, end;
 };
 
-// The coarse windows that the tile's last token has fully passed.
+// The highest position in a tile; that of its last token, if none is in a tree.
+inline int64_t highest_position(const AttentionStep& s, const TokenTile& tile) {
+  return *std::max_element(s.positions + tile.first, s.positions + tile.last);
+}
+
+// The coarse windows that one of the tile's tokens has fully passed.
 inline WindowRange coarse_windows(const AttentionStep& s, const TokenTile& tile) {
-  return {0, (s.positions[tile.last - 1] + 1) / kPage};
+  return {0, std::min<int64_t>(highest_position(s, tile) + 1, s.tree_start[tile.sequence]) / kPage};
 }
 
 // Softmax maximum and sum of every row over the coarse windows of the range that its token has fully passed.
@@ -112,7 +117,7 @@ void coarse_pass(const AttentionStep& s, const T* coarse, const TokenTile& tile,
   score_windows(s, coarse, kCoarseSlots, tile, range.begin, range.end, buffer, [&](int64_t u) {
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = &buffer.tile.scores[r * kPage];
-      const int64_t visible = (s.positions[tile.first + r / group] + 1) / kPage - u;
+      const int64_t visible = s.settled(tile.sequence, tile.first + r / group) / kPage - u;
       if (visible <= (u == 0)) continue;
       if (u == 0) scores[0] = -std::numeric_limits<float>::infinity();
       if (visible < kPage) std::fill(scores + visible, scores + kPage, -std::numeric_limits<float>::infinity());
@@ -153,8 +158,8 @@ inline void pool_windows(const float* probability, float* block_scores, float& b
 
 // The fine windows of the blocks that can be chosen by score.
 inline WindowRange fine_windows(const AttentionStep& s, const SparseSettings& settings, const TokenTile& tile) {
-  const int64_t last = s.positions[tile.last - 1];
-  return {0, std::min((last + 1) / kStride, (last / kPage - settings.local_blocks) * kFineSlots + 1)};
+  const int64_t last = highest_position(s, tile), settled = std::min<int64_t>(last + 1, s.tree_start[tile.sequence]);
+  return {0, std::min(settled / kStride, (last / kPage - settings.local_blocks) * kFineSlots + 1)};
 }
 
 // Scores, for the tile's tokens, of the blocks in which the windows of the range end -> scores [tokens, stride], of
@@ -165,12 +170,12 @@ void fine_pass(const AttentionStep& s, const T* fine, const TokenTile& tile, Win
   const int64_t group = s.group();
   score_windows(s, fine, kFineSlots, tile, range.begin, range.end, buffer, [&](int64_t u) {
     for (int64_t t = 0; t < tile.last - tile.first; ++t) {
-      const int64_t next = s.positions[tile.first + t] + 1;
-      if (next / kPage < 2) continue;  // no coarse window yet: all scores are zero
+      const int64_t settled = s.settled(tile.sequence, tile.first + t);
+      if (settled / kPage < 2) continue;  // no coarse window yet: all scores are zero
       float probability[kPage];
       add_up_group(buffer.tile, t * group, group, probability);
       if (u == 0) probability[0] = 0.0f;  // no window
-      const int64_t visible = std::clamp<int64_t>(std::min(range.end, next / kStride) - u, 0, kPage);
+      const int64_t visible = std::clamp<int64_t>(std::min(range.end, settled / kStride) - u, 0, kPage);
       std::fill(probability + visible, probability + kPage, 0.0f);
       float* chunk = scores + t * stride + (u - range.begin) / kFineSlots;
       pool_windows(probability, chunk, u == range.begin ? before[t] : chunk[-1]);
@@ -230,11 +235,18 @@ void load_selecting_queries(const AttentionStep& s, const SparseSettings& settin
   load_queries(s, tile.head, tile.first, tile.last, buffer.tile, !settings.use_nope);
 }
 
+// The blocks of the tree, of which a token attends to what its bits say.
+inline void set_tree_blocks(const AttentionStep& s, const TokenTile& tile, BlockMask& mask) {
+  const int64_t start = s.tree_start[tile.sequence];
+  for (int64_t t = tile.first; t < tile.last; ++t)
+    if (s.is_in_tree(tile.sequence, t)) set_range(mask.row(t, tile.head), start / kPage, s.slots[t] / kPage + 1);
+}
+
 // The blocks of a tile's tokens -> their rows of the mask.
 template <class T, class E>
 void select_tile(const AttentionStep& s, const T* fine, const T* coarse, const SparseSettings& settings,
                  const TokenTile& tile, BlockMask& mask, SelectionBuffers<T, E>& buffer) {
-  const int64_t blocks = s.positions[tile.last - 1] / kPage + 1, stride = score_stride(blocks);
+  const int64_t blocks = highest_position(s, tile) / kPage + 1, stride = score_stride(blocks);
   if (blocks > settings.selected_blocks) {
     load_selecting_queries(s, settings, tile, buffer);
     coarse_pass(s, coarse, tile, coarse_windows(s, tile), buffer);
@@ -252,6 +264,7 @@ void select_tile(const AttentionStep& s, const T* fine, const T* coarse, const S
     else
       choose_blocks(settings, own_block, &buffer.block_scores[(t - tile.first) * stride], row);
   }
+  set_tree_blocks(s, tile, mask);
 }
 
 }  // namespace edge

@@ -24,6 +24,9 @@ DEVICE int sequence_of(const int* query_start, int sequences, int token) {
   return sequence;
 }
 
+// The last token of the windows and blocks that are scored for a row: those of a tree choose among what is before it.
+DEVICE int last_scored(int position, int tree_start) { return min(position, tree_start - 1); }
+
 // Is the sequence's attention sparse in this step? Lengths are not negative, so that a negative dense_len says always.
 DEVICE bool is_sparse(const int* settings, const int* switch_length, int sequence) {
   return switch_length[sequence] >= settings[DENSE_LEN];

@@ -11,7 +11,7 @@ from plugins.infllmv2.launch import scratch as selection_scratch
 from plugins.infllmv2.offloaded import run_offloaded
 from plugins.launch import Launch
 from plugins.paged_attention.launch import AttentionShape, append, attend, scratch_up_to
-from plugins.paged_attention.trt import INT8_TYPES, STEP_TYPES, attention_shape
+from plugins.paged_attention.trt import INT8_TYPES, STEP_INPUTS, STEP_TYPES, attention_shape
 from plugins.plugin import Buffers, Call, PageOffload, SimpleOperator, Tensor
 
 
@@ -34,9 +34,7 @@ class InfLLMv2Attention(SimpleOperator):
         "kv_pool",
         "c1_pool",
         "c2_pool",
-        "positions",
-        "query_start",
-        "page_table",
+        *STEP_INPUTS,
         "switch_length",
         "sparse_settings",
     )

@@ -2,7 +2,7 @@
 //
 // Windows count by their end: window u is the one that ends with token (u + 1) * stride - 1, u = 0 does not exist. It
 // lies on the page of that token: page u / SLOTS of the sequence, slot u % SLOTS. A token at position p sees the
-// windows u < (p + 1) / stride.
+// windows u < (p + 1) / stride, and those of a tree only what lies before it.
 //
 // A warp takes units of 32 windows. The query heads are the A operand of the products, 16 rows of which one token has
 // GROUP_ROWS, the windows are the B operand, four tiles of 8 columns. The order of k is free where both operands agree
@@ -23,6 +23,7 @@ struct ScoreArguments {
   const int* positions;      // [tokens]
   const int* query_start;    // [sequences + 1]
   const int* page_table;     // [sequences, table_width]
+  const int* tree_start;     // [sequences]: the slot at which its tree begins; 2^31 - 1: it has none
   const int* switch_length;  // [sequences]
   const int* settings;       // [4], see Setting
   float2* softmax;           // [tokens, Hkv, 16], see to_limits
@@ -31,13 +32,13 @@ struct ScoreArguments {
   float scale_log2;  // scale * log2(e)
 };
 
-// A new token; `scored`: it has more blocks than it may attend to.
+// A new token; `last`: its windows end here or before; `scored`: it has more blocks than it may attend to.
 struct Row {
-  int token, position;
+  int token, last;
   bool scored;
 
-  DEVICE int blocks() const { return scored ? position / PAGE + 1 : 0; }
-  DEVICE int windows(int stride) const { return scored && position >= FIRST_SCORED ? (position + 1) / stride : 0; }
+  DEVICE int blocks() const { return scored ? last / PAGE + 1 : 0; }
+  DEVICE int windows(int stride) const { return scored && last >= FIRST_SCORED ? (last + 1) / stride : 0; }
 };
 
 // `token`, if it is one of `sequence`'s; else a row that nothing is done for.
@@ -45,7 +46,8 @@ DEVICE Row load_row(const ScoreArguments& a, int sequence, int token) {
   if (sequence >= a.sequences || token >= a.query_start[sequence + 1]) return {0, 0, false};
   const int position = a.positions[token];
   const bool sparse = is_sparse(a.settings, a.switch_length, sequence);
-  return {token, position, sparse && position / PAGE >= a.settings[SELECTED]};
+  const int last = last_scored(position, a.tree_start[sequence]);
+  return {token, last, sparse && position / PAGE >= a.settings[SELECTED]};
 }
 
 // The rows of one warp: ROWS tokens of one sequence, the last of which may be missing.
@@ -181,7 +183,7 @@ DEVICE void score_unit(const Walk& walk, const uint32_t (&queries)[TILES][D / 16
   use(unit, products);
 }
 
-// All units of the walk. Rows are at most one position apart, so that at most one unit is not whole.
+// All units of the walk. The rows' last positions are at most one apart, so that at most one unit is not whole.
 template <class T, int D, int SLOTS, bool ONCE, int TILES, class Use>
 DEVICE void score_units(const Walk& walk, const uint32_t (&queries)[TILES][D / 16][4], Use use) {
   int unit = walk.unit;

@@ -4,6 +4,7 @@
 
 #include "plugins/group_offsets/cpu.h"
 #include "plugins/infllmv2/cpu.h"
+#include "plugins/infllmv2/keep.h"
 #include "plugins/offload/exports.h"
 #include "plugins/ort/memory.h"
 #include "plugins/ort/ort_abi.h"
@@ -94,17 +95,20 @@ struct AttentionShape {
         dim(ort::int_attribute(info, "head_dim")),
         scale(ort::float_attribute(info, "scale")) {}
 
-  // `positions`: the input of that name; query_start and page_table follow it. Makes output 0.
+  // `positions`: the input of that name, which the others of a step follow. Makes output 0.
   edge::AttentionStep step(void* context, size_t positions, int64_t planes) const {
-    const auto qkv = ort::input(context, 0), query_start = ort::input(context, positions + 1);
-    const auto table = ort::input(context, positions + 2);
+    const auto qkv = ort::input(context, 0), query_start = ort::input(context, positions + 2);
+    const auto table = ort::input(context, positions + 3);
     edge::AttentionStep s{};
     s.qkv = qkv.as<float>();
     s.cos = ort::input(context, 1).as<float>();
     s.sin = ort::input(context, 2).as<float>();
     s.positions = ort::input(context, positions).as<int32_t>();
+    s.slots = ort::input(context, positions + 1).as<int32_t>();
     s.query_start = query_start.as<int32_t>();
     s.page_table = table.as<int32_t>();
+    s.tree_start = ort::input(context, positions + 4).as<int32_t>();
+    s.tree_mask = ort::input(context, positions + 5).as<uint64_t>();
     s.sequences = query_start.rows() - 1;
     s.table_width = table.columns();
     s.heads = heads, s.kv_heads = kv_heads, s.dim = dim;
@@ -153,7 +157,7 @@ void with_types(int64_t dim, Run run) {
 template <bool kInt8Cache>
 struct PagedAttention {
   static constexpr const char* name = kInt8Cache ? "PagedAttentionInt8" : "PagedAttention";
-  static constexpr size_t inputs = 7 + kInt8Cache, outputs = 2 + kInt8Cache;
+  static constexpr size_t inputs = 10 + kInt8Cache, outputs = 2 + kInt8Cache;
   enum Input { kQkv, kCos, kSin, kPool, kScales, kPositions = 4 + kInt8Cache };
 
   static ort::ElementType input_type(size_t i) {
@@ -163,13 +167,15 @@ struct PagedAttention {
   static ort::ElementType output_type(size_t i) { return i == 1 ? input_type(kPool) : ort::kFloat; }
 
   AttentionShape shape;
+  int64_t window;
 
-  explicit PagedAttention(const void* info) : shape(info) {}
+  explicit PagedAttention(const void* info) : shape(info), window(ort::int_attribute(info, "window")) {}
 
   ort::Status* compute(void* context) {
     const auto pool = ort::input(context, kPool);
     auto step = shape.step(context, kPositions, pool.shape[1]);
     step.store = edge::find_store(pool.data);
+    step.window = window;
     void* pool_out = pool_output(context, 1, pool);
     float* scales = nullptr;
     if constexpr (kInt8Cache) scales = static_cast<float*>(pool_output(context, 2, ort::input(context, kScales)));
@@ -195,9 +201,9 @@ struct InfLlmV2Attention {
   static constexpr bool kInt8Cache = Pool == ort::kInt8;
   static constexpr ort::ElementType kCompressed = kInt8Cache ? ort::kBFloat16 : Pool;
   static constexpr const char* name = kInt8Cache ? "InfLLMv2AttentionInt8" : "InfLLMv2Attention";
-  static constexpr size_t inputs = 11 + kInt8Cache, outputs = 4 + kInt8Cache;
-  enum Input { kQkv, kCos, kSin, kPool, kScales, kC1 = 4 + kInt8Cache, kC2, kPositions, kQueryStart, kPageTable,
-               kSwitchLength, kSettings };
+  static constexpr size_t inputs = 14 + kInt8Cache, outputs = 4 + kInt8Cache;
+  enum Input { kQkv, kCos, kSin, kPool, kScales, kC1 = 4 + kInt8Cache, kC2, kPositions,
+               kSwitchLength = kPositions + 6, kSettings };
 
   static ort::ElementType input_type(size_t i) {
     if (i == kPool) return Pool;
@@ -284,6 +290,40 @@ EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
     if (auto* status = ort::call(ort::kCustomOpDomainAdd, domain, static_cast<const ort::CustomOp*>(&op)))
       return status;
   return ort::call(ort::kAddCustomOpDomain, options, domain);
+}
+
+// A layer's pools for edge_keep_tokens; `type`: ONNX's number of the pool's. Binding: plugins/ort/keep.py.
+struct EdgeLayer {
+  void *pool, *scales, *fine, *coarse;
+  int64_t type, planes, kv_heads, dim;
+};
+
+// What keep_tokens of plugins/infllmv2/keep.h does, in one layer -> whether all pages could be had.
+EDGE_EXPORT int edge_keep_tokens(const EdgeLayer* layer, const int32_t* pages, int64_t page_count, int64_t first,
+                                 const int32_t* slots, int64_t count) {
+  edge::AttentionStep s{};
+  s.kv_heads = layer->kv_heads, s.dim = layer->dim, s.planes = layer->planes;
+  s.page_table = pages, s.table_width = page_count;
+  s.store = edge::find_store(layer->pool);
+  bool done = false;
+  const auto keep = [&](auto type, auto element, auto window) {
+    using T = decltype(type);
+    using W = decltype(window);
+    const edge::LayerPools<T, W> pools{{static_cast<T*>(layer->pool), static_cast<float*>(layer->scales)},
+                                       static_cast<W*>(layer->fine), static_cast<W*>(layer->coarse),
+                                       layer->planes == 3 ? 2 : 0};
+    done = edge::keep_tokens<T, decltype(element), W>(s, pools, first, slots, count);
+  };
+  const auto same = [&](auto type, auto element) { keep(type, element, type); };
+  if (layer->type == ort::kInt8)
+    with_types<ort::kInt8>(s.dim, [&](auto type, auto element) { keep(type, element, edge::bfloat16{}); });
+  else if (layer->type == ort::kFloat)
+    with_types<ort::kFloat>(s.dim, same);
+  else if (layer->type == ort::kFloat16)
+    with_types<ort::kFloat16>(s.dim, same);
+  else
+    with_types<ort::kBFloat16>(s.dim, same);
+  return done;
 }
 
 // Bytes of KV pools that attention has read since the last call.

@@ -20,13 +20,11 @@ struct AppendArguments {
   uint16_t* q;            // [tokens, heads, D] T
   uint8_t* kv_pool;       // [pages, planes, KV heads, 64 * D] KV
   float* kv_scales;       // [pages, planes, KV heads, 64]; only with bytes
-  const int* positions;   // [tokens]
+  const int* slots;       // [tokens] where in its sequence's pages each goes
   const int* query_start; // [sequences + 1]
   const int* page_table;  // [sequences, table_width]
   int tokens, sequences, table_width, heads, kv_heads, planes;
 };
-
-enum Plane { KEYS, VALUES, PLAIN_KEYS };
 
 // A lane's part of a head: values[i] is element lane + 32 i.
 template <int D>
@@ -43,20 +41,6 @@ DEVICE void rotate(Head<D>& x, const float* cos, const float* sin) {
     x[i] = to_float(from_float<T>(first * cos[c] - second * sin[c]));
     x[i + HALF] = to_float(from_float<T>(second * cos[c] + first * sin[c]));
   }
-}
-
-// Where a token's elements of one plane and head start, how far they are apart, and its scale.
-struct Place {
-  int64_t start;
-  int step;
-  int64_t scale;
-};
-
-template <int D>
-DEVICE Place place_of(const AppendArguments& a, int page, int plane, int kv_head, int slot) {
-  const int64_t row = (static_cast<int64_t>(page) * a.planes + plane) * a.kv_heads + kv_head;
-  if (plane == VALUES) return {row * (PAGE * D) + slot, PAGE, row * PAGE + slot};
-  return {row * (PAGE * D) + slot * D, 1, row * PAGE + slot};
 }
 
 template <class T, int D>
@@ -107,17 +91,20 @@ DEVICE void append(const AppendArguments& a) {
     for (int i = 0; i < D / 32; ++i) q[lane + 32 * i] = from_float<T>(x[i]);
     return;
   }
-  const int position = a.positions[token], slot = position % PAGE;
+  const int in_sequence = a.slots[token], slot = in_sequence % PAGE;
   const int* pages = a.page_table + static_cast<int64_t>(sequence_of_token(a, token)) * a.table_width;
-  const int page = pages[position / PAGE];
+  const int page = pages[in_sequence / PAGE];
   KV* pool = reinterpret_cast<KV*>(a.kv_pool);
+  const auto place = [&](int plane, int kv_head) {
+    return place_of<D>(page, a.planes, plane, a.kv_heads, kv_head, slot);
+  };
   const bool is_key = head < a.heads + a.kv_heads;
   const int kv_head = head - a.heads - (is_key ? 0 : a.kv_heads);
   if (is_key) {
-    if (a.planes > PLAIN_KEYS) store<T, D>(pool, a.kv_scales, place_of<D>(a, page, PLAIN_KEYS, kv_head, slot), x);
+    if (a.planes > PLAIN_KEYS) store<T, D>(pool, a.kv_scales, place(PLAIN_KEYS, kv_head), x);
     rotate<T, D>(x, cos, sin);
   }
-  store<T, D>(pool, a.kv_scales, place_of<D>(a, page, is_key ? KEYS : VALUES, kv_head, slot), x);
+  store<T, D>(pool, a.kv_scales, place(is_key ? KEYS : VALUES, kv_head), x);
 }
 
 }  // namespace attention

@@ -1,5 +1,6 @@
-// Attention over 64-token pages: dense causal, block-sparse (lists from infllmv2/select.cu) and tree-masked, for
-// fp16 and bf16, head sizes 64 and 128, 1 to 16 query heads a KV head, keys and values of 16 bits or bytes.
+// Attention over 64-token pages: dense causal, in a window or not, block-sparse (lists from infllmv2/select.cu) and
+// tree-masked, for fp16 and bf16, head sizes 64 and 128, 1 to 16 query heads a KV head, keys and values of 16 bits or
+// bytes. WINDOW is a kernel of its own: its inner loop needs more instructions, which budgets.toml counts.
 //
 // attend_tiles: a warp attends with one tile of 16 rows (attend.cuh) to all its blocks; the warps of a thread block
 // have neighbouring tiles of one KV head, so that what one reads is in L1 for the next. Nothing is shared, no barrier.
@@ -16,7 +17,7 @@ DEVICE int64_t row_of(const AttendArguments& a, const Tile& tile, int kv_head, i
   return (static_cast<int64_t>(tile.first + row / group) * a.heads + kv_head * group + row % group) * D;
 }
 
-template <class T, int D, class KV, int WARPS>
+template <class T, int D, class KV, int WARPS, bool WINDOW = false>
 DEVICE void attend_tiles(const AttendArguments& a) {
   const int kv_head = blockIdx.y, group = a.heads / a.kv_heads, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const Tile tile = find_tile(a, blockIdx.x * WARPS + warp_index());
@@ -26,8 +27,10 @@ DEVICE void attend_tiles(const AttendArguments& a) {
   Queries<D> queries;
   load_queries<T, D, KV>(queries, rows, [&](int row) { return a.q + row_of<D>(a, tile, kv_head, group, row); });
   Attended<D> attended;
-  const Blocks blocks = blocks_of(a, tile, kv_head);
-  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks, sight_of(a, tile, group), kv_head, 0, 1);
+  const Windows windows = windows_of<WINDOW>(a, tile);
+  const Blocks blocks = blocks_of(a, tile, windows, kv_head);
+  const Sight<WINDOW> sight = sight_of<WINDOW>(a, tile, windows, group);
+  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks, sight, kv_head, 0, 1);
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -79,7 +82,7 @@ DEVICE void meet(const AttendArguments& a, const Attended<D>& mine, float* share
   }
 }
 
-template <class T, int D, class KV, int WARPS>
+template <class T, int D, class KV, int WARPS, bool WINDOW = false>
 DEVICE void attend_split(const AttendArguments& a) {
   SHARED_MEMORY(shared);
   const int split = blockIdx.x, kv_head = blockIdx.y, group = a.heads / a.kv_heads;
@@ -99,8 +102,10 @@ DEVICE void attend_split(const AttendArguments& a) {
 
   Attended<D> attended;
   const int warp = split * WARPS + warp_index(), warps = gridDim.x * WARPS;
-  const Blocks blocks = blocks_of(a, tile, kv_head);
-  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks, sight_of(a, tile, group), kv_head, warp, warps);
+  const Windows windows = windows_of<WINDOW>(a, tile);
+  const Blocks blocks = blocks_of(a, tile, windows, kv_head);
+  const Sight<WINDOW> sight = sight_of<WINDOW>(a, tile, windows, group);
+  attend_blocks<T, D, KV>(attended, queries, a, tile, blocks, sight, kv_head, warp, warps);
   const int64_t first_row = ((static_cast<int64_t>(split) * gridDim.z + blockIdx.z) * a.kv_heads + kv_head) * 16;
   meet<D, WARPS>(a, attended, reinterpret_cast<float*>(shared), rows, first_row);
 }

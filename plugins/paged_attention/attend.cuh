@@ -11,16 +11,18 @@ struct AttendArguments {
   const uint16_t* q;          // [tokens, heads, D] T, rotated
   const uint8_t* kv_pool;     // [pages, planes, KV heads, PAGE * D] KV
   const float* kv_scales;     // [pages, planes, KV heads, PAGE]; only with bytes
-  const int* positions;       // [tokens] cache slots, consecutive in a sequence
+  const int* slots;           // [tokens] where in its pages a token is, consecutive in a sequence
+  const int* positions;       // [tokens]; a window ends with that block
   const int* query_start;     // [sequences + 1], from 0
   const int* page_table;      // [sequences, table_width]
-  const int* blocks;          // [tokens, KV heads, limit] ascending; null: all rows are dense
+  const int* tree_start;      // [sequences]: the slot at which its tree begins; 2^31 - 1: it has none
+  const uint64_t* tree_mask;  // [tokens]: which slots from tree_start on a row sees
+  const int* blocks;          // [tokens, KV heads, columns] ascending; null: all rows are dense
   const int* block_counts;    // [tokens, KV heads]; 0: this row is dense
-  const uint64_t* tree_mask;  // [tokens]: which of its sequence's new tokens a row sees; null: all up to itself
   uint16_t* output;           // [tokens, heads, D] T
   float* partial;             // [splits, tiles, KV heads, 16, D]: output before division; of attend_split
   float2* partial_softmax;    // [splits, tiles, KV heads, 16]: maximum, sum
-  int tokens, sequences, table_width, heads, kv_heads, planes, limit, tile_tokens, splits;
+  int tokens, sequences, table_width, heads, kv_heads, planes, columns, tile_tokens, splits, window;
   float scale_log2;  // scale * log2(e)
 };
 
@@ -53,47 +55,76 @@ DEVICE Tile find_tile(const AttendArguments& a, int index) {
   return {};
 }
 
-// The blocks a tile attends to: a list, or 0 .. count - 1.
-struct Blocks {
-  const int* list;
-  int count;
-
-  DEVICE int at(int j) const { return list ? read_once(list + j) : j; }
+// Where windows begin, if there are any: that of the lane's token, and the first and the last of all the tile's.
+struct Windows {
+  int begin, first, last;
 };
 
-DEVICE Blocks blocks_of(const AttendArguments& a, const Tile& tile, int kv_head) {
-  const int64_t row = static_cast<int64_t>(tile.first) * a.kv_heads + kv_head;
-  const int chosen = a.blocks ? read_once(a.block_counts + row) : 0;
-  if (chosen) return {a.blocks + row * a.limit, chosen};
-  return {nullptr, read_once(a.positions + tile.first + tile.tokens - 1) / PAGE + 1};
+// WINDOW: there are; a row's window is `window` blocks, the last of which is its position's.
+template <bool WINDOW>
+DEVICE Windows windows_of(const AttendArguments& a, const Tile& tile) {
+  Windows windows = {};
+  if constexpr (WINDOW) {
+    const int lane = threadIdx.x % 32, position = a.positions[tile.first + min(lane, tile.tokens - 1)];
+    windows.begin = windows.first = windows.last = max(0, position / PAGE - a.window + 1) * PAGE;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      windows.first = min(windows.first, __shfl_xor_sync(~0u, windows.first, step));
+      windows.last = max(windows.last, __shfl_xor_sync(~0u, windows.last, step));
+    }
+  }
+  return windows;
 }
 
-// What rows g and g + 8 see: keys up to `limit`, of those from `tree_start` on the ones whose bit is set.
+// The blocks a tile attends to: a list, or if there is none those from `first` on.
+struct Blocks {
+  const int* list;
+  int first, count;
+
+  DEVICE int at(int j) const { return list ? read_once(list + j) : first + j; }
+};
+
+DEVICE Blocks blocks_of(const AttendArguments& a, const Tile& tile, const Windows& windows, int kv_head) {
+  const int64_t row = static_cast<int64_t>(tile.first) * a.kv_heads + kv_head;
+  const int chosen = a.blocks ? read_once(a.block_counts + row) : 0;
+  if (chosen) return {a.blocks + row * a.columns, 0, chosen};
+  const int first = windows.first / PAGE;
+  return {nullptr, first, read_once(a.slots + tile.first + tile.tokens - 1) / PAGE + 1 - first};
+}
+
+// What rows g and g + 8 see: keys up to `limit`, of those from `tree_start` on the ones whose bit is set. WINDOW: and
+// none before `begin`.
+template <bool WINDOW>
 struct Sight {
-  int limit[2];
+  int begin[2], limit[2];
   uint64_t tree[2];
-  int tree_start, end;  // end: the sequence's length after this step; what follows was never written
-  int clear;            // every row sees all keys before it
+  int tree_start, end;  // end: what the sequence's pages hold after this step; what follows was never written
+  int open, clear;      // every row sees all keys from `open` to before `clear`
 
   DEVICE bool sees(int row, int key) const {
+    if (WINDOW && key < begin[row]) return false;
     return key <= limit[row] && (key < tree_start || (tree[row] >> (key - tree_start) & 1));
   }
 };
 
-DEVICE Sight sight_of(const AttendArguments& a, const Tile& tile, int group) {
+template <bool WINDOW>
+DEVICE Sight<WINDOW> sight_of(const AttendArguments& a, const Tile& tile, const Windows& windows, int group) {
   const int lane = threadIdx.x % 32;
-  const int position = lane < tile.tokens ? a.positions[tile.first + lane] : -1;
-  const uint64_t tree = lane < tile.tokens && a.tree_mask ? a.tree_mask[tile.first + lane] : 0;
-  Sight sight;
-  sight.end = read_once(a.positions + tile.end - 1) + 1;
-  sight.tree_start = a.tree_mask ? read_once(a.positions + tile.start) : sight.end;
-  sight.clear = min(__shfl_sync(~0u, position, 0) + 1, sight.tree_start);
+  const int slot = lane < tile.tokens ? a.slots[tile.first + lane] : -1;
+  const uint64_t tree = lane < tile.tokens ? a.tree_mask[tile.first + lane] : 0;
+  Sight<WINDOW> sight;
+  sight.end = read_once(a.slots + tile.end - 1) + 1;
+  sight.tree_start = read_once(a.tree_start + tile.sequence);
+  sight.open = windows.last;
+  sight.clear = min(__shfl_sync(~0u, slot, 0) + 1, sight.tree_start);
+  const int limit = slot - sight.tree_start < 64 ? slot : sight.tree_start + 63;  // there are no more bits
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int token = (lane / 4 + 8 * i) / group;  // beyond the tile's there is nothing to see
     const uint32_t low = __shfl_sync(~0u, static_cast<uint32_t>(tree), token);
     const uint32_t high = __shfl_sync(~0u, static_cast<uint32_t>(tree >> 32), token);
-    sight.limit[i] = __shfl_sync(~0u, position, token);
+    sight.begin[i] = WINDOW ? __shfl_sync(~0u, windows.begin, token) : 0;
+    sight.limit[i] = __shfl_sync(~0u, limit, token);
     sight.tree[i] = low | static_cast<uint64_t>(high) << 32;
   }
   return sight;
@@ -190,8 +221,8 @@ DEVICE void scale_scores(float (&scores)[TILES][4], float2 scales) {
 }
 
 // Hides what the rows do not see of the span whose first key is `first`.
-template <class L, int TILES>
-DEVICE void hide(float (&scores)[TILES][4], const Sight& sight, int first) {
+template <class L, int TILES, bool WINDOW>
+DEVICE void hide(float (&scores)[TILES][4], const Sight<WINDOW>& sight, int first) {
 #pragma unroll
   for (int t = 0; t < TILES; ++t)
 #pragma unroll
@@ -279,9 +310,9 @@ DEVICE void multiply_values(Attended<D>& so_far, const uint32_t (&p)[Layout<T, K
 }
 
 // Attends to one block, in page `page`, a span at a time.
-template <class T, int D, class KV, bool MASKED>
-DEVICE void attend_block(Attended<D>& so_far, const Queries<D>& queries, const AttendArguments& a, const Sight& sight,
-                         int kv_head, int block, int page) {
+template <class T, int D, class KV, bool MASKED, bool WINDOW>
+DEVICE void attend_block(Attended<D>& so_far, const Queries<D>& queries, const AttendArguments& a,
+                         const Sight<WINDOW>& sight, int kv_head, int block, int page) {
   using L = Layout<T, KV>;
   // Counted in planes, a pool that any device holds fits in 31 bits.
   const int key_plane = page * a.planes * a.kv_heads + kv_head, value_plane = key_plane + a.kv_heads;
@@ -316,12 +347,16 @@ DEVICE void attend_block(Attended<D>& so_far, const Queries<D>& queries, const A
 }
 
 // Attends to blocks first, first + step, ...; only the last ones, which hold keys that some row must not see, pay for
-// the mask.
-template <class T, int D, class KV>
+// the mask, and of a window the first one.
+template <class T, int D, class KV, bool WINDOW>
 DEVICE void attend_blocks(Attended<D>& so_far, const Queries<D>& queries, const AttendArguments& a, const Tile& tile,
-                          const Blocks& blocks, const Sight& sight, int kv_head, int first, int step) {
+                          const Blocks& blocks, const Sight<WINDOW>& sight, int kv_head, int first, int step) {
   const int* pages = a.page_table + static_cast<int64_t>(tile.sequence) * a.table_width;
   int j = first;
+  if constexpr (WINDOW)
+#pragma unroll 1
+    for (; __any_sync(~0u, j < blocks.count && blocks.at(j) * PAGE < sight.open); j += step)
+      attend_block<T, D, KV, true>(so_far, queries, a, sight, kv_head, blocks.at(j), read_once(pages + blocks.at(j)));
   for (; __any_sync(~0u, j < blocks.count); j += step) {
     const int block = blocks.at(j);
     if (__any_sync(~0u, (block + 1) * PAGE > sight.clear)) break;

@@ -25,12 +25,16 @@ struct AttentionStep {
   const float* cos;  // [tokens, dim / 2]
   const float* sin;
   const int32_t* positions;    // [tokens]
+  const int32_t* slots;        // [tokens]: where in its sequence a token is stored, consecutive
   const int32_t* query_start;  // [sequences + 1]
   const int32_t* page_table;   // [sequences, table_width]
+  const int32_t* tree_start;   // [sequences]: slots before it are seen by all that come after them,
+  const uint64_t* tree_mask;   // [tokens]: others by those whose bit says so
   int64_t sequences, table_width;
   int64_t heads, kv_heads, dim;
   float scale;
   float* out;  // [tokens, heads * dim]
+  int64_t window = 0;  // blocks that a token sees, up to that of its position; 0: all
   int64_t planes = 2;  // of the pool: rotated keys, values, and perhaps the keys before rotation
   PageStore* store = nullptr;  // where the pages are, if the pool has not room for all (stored.h)
 
@@ -40,6 +44,26 @@ struct AttentionStep {
   int64_t tile_tokens() const { return std::max<int64_t>(1, kTileRows / group()); }
   int64_t page(int64_t sequence, int64_t block) const { return page_table[sequence * table_width + block]; }
   const float* query(int64_t token, int64_t head) const { return qkv + token * row_stride() + head * dim; }
+  bool is_in_tree(int64_t sequence, int64_t token) const { return slots[token] >= tree_start[sequence]; }
+
+  // Tokens that one of the sequence may have compressed keys of: the tree's own may yet be forgotten.
+  int64_t settled(int64_t sequence, int64_t token) const {
+    return std::min<int64_t>(positions[token] + 1, tree_start[sequence]);
+  }
+
+  // Bit i: `token` sees slot `start` + i, which is not after its own for any i that matters.
+  uint64_t sight(int64_t sequence, int64_t token, int64_t start) const {
+    const int64_t before = slots[token] + 1 - start, settled = tree_start[sequence] - start;
+    const uint64_t written = first_bits(before);
+    if (settled >= kPage || settled >= before) return written;
+    const uint64_t tree = settled >= 0 ? tree_mask[token] << settled : settled > -kPage ? tree_mask[token] >> -settled : 0;
+    return written & (first_bits(settled) | tree);
+  }
+
+ private:
+  static uint64_t first_bits(int64_t count) {
+    return count >= kPage ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
+  }
 };
 
 // A layer's pool [pages or slots, planes, kv_heads, 64, dim] and, of int8 codes, their scales
@@ -93,8 +117,7 @@ void append(const AttentionStep& s, const Cache<T>& cache, Parallel parallel) {
   parallel(s.sequences, [&](size_t b) {
     float rotated[kMaxHeadDim];
     for (int64_t t = s.query_start[b]; t < s.query_start[b + 1]; ++t) {
-      const int64_t position = s.positions[t];
-      const int64_t page = s.page(b, position / kPage), slot = position % kPage;
+      const int64_t page = s.page(b, s.slots[t] / kPage), slot = s.slots[t] % kPage;
       for (int64_t h = 0; h < s.kv_heads; ++h) {
         const float* key = s.query(t, s.heads + h);
         rotate(key, s.cos + t * s.dim / 2, s.sin + t * s.dim / 2, rotated, s.dim, 1.0f);
@@ -141,12 +164,12 @@ template <class T, class E, class Selected>
 void attend_blocks(const AttentionStep& s, const Cache<T>& cache, const TokenTile& tile,
                    const BlockChoice<Selected>& choice, int64_t begin, int64_t end, Tile<E>& buffer) {
   const int64_t group = s.group(), dim = s.dim;
-  const int64_t highest = s.positions[tile.last - 1];
+  const int64_t highest = s.slots[tile.last - 1];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block = choice.blocks[i], start = block * kPage;
-    const auto attends = [&](int64_t t) { return s.positions[t] >= start && choice.selected(t, block); };
+    const auto attends = [&](int64_t t) { return s.slots[t] >= start && choice.selected(t, block); };
     const int64_t written = std::min<int64_t>(kPage, highest + 1 - start);
-    const auto visible = [&](int64_t row) { return s.positions[tile.first + row / group] - start + 1; };
+    const auto visible = [&](int64_t row) { return s.sight(tile.sequence, tile.first + row / group, start); };
     LoadedBlock<E> loaded{};
     for (int64_t t = tile.first, run = t; t < tile.last; t = run) {
       const bool wanted = attends(t);
@@ -270,15 +293,22 @@ void paged_attention(const AttentionStep& s, const Cache<T>& cache, Parallel par
     append<T, E>(s, cache, parallel);
   else
     in_stored_parts(s, 0, [&](const AttentionStep& part) { append<T, E>(part, cache, parallel); });
-  const auto every = [](int64_t, int64_t) { return true; };
+  const auto in_window = [&](int64_t token, int64_t block) {
+    return s.window == 0 || block > s.positions[token] / kPage - s.window;
+  };
   const auto tiles = token_tiles(s);
-  std::vector<BlockChoice<decltype(every)>> choices;
+  std::vector<BlockChoice<decltype(in_window)>> choices;
   choices.reserve(tiles.size());
   for (const auto& tile : tiles) {
-    choices.push_back({{}, every});
-    const int64_t blocks = s.positions[tile.last - 1] / kPage + 1;
-    choices.back().blocks.resize(blocks);
-    std::iota(choices.back().blocks.begin(), choices.back().blocks.end(), 0);
+    choices.push_back({{}, in_window});
+    const int64_t end = s.slots[tile.last - 1] / kPage + 1;
+    int64_t first = 0;
+    if (s.window != 0) {
+      const int64_t lowest = *std::min_element(s.positions + tile.first, s.positions + tile.last);
+      first = std::max<int64_t>(0, lowest / kPage - s.window + 1);
+    }
+    choices.back().blocks.resize(end - first);
+    std::iota(choices.back().blocks.begin(), choices.back().blocks.end(), first);
   }
   attend<T, E>(s, cache, tiles, choices, parallel);
 }

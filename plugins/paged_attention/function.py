@@ -20,21 +20,92 @@ ROW_SEQUENCES = """
     sequence = ReduceSum<keepdims = 0>(ended_count, axis1)
 """
 
-# Every key of the batch against every row, and which keys any row sees. Shared with edge.InfLLMv2Attention.
-VISIBLE_KEYS = """
+# Where a row is kept, and where its sequence's tree begins. Shared with edge.InfLLMv2Attention.
+ROW_SLOTS = """
+    slot = Cast<to = 7>(slots)
+    slot_column = Unsqueeze(slot, axis1)
+    tree_start_wide = Cast<to = 7>(tree_start)
+    row_tree_start = Gather<axis = 0>(tree_start_wide, sequence)
+    tree_start_column = Unsqueeze(row_tree_start, axis1)
+"""
+
+_TREE_BITS = """
+    mask_words_signed = Cast<to = 7>(tree_mask)
+    mask_is_negative = Less(mask_words_signed, zero)
+    mask_wrap = Where(mask_is_negative, mask_word_values, zero)
+    mask_words = Add(mask_words_signed, mask_wrap)
+    mask_words_column = Unsqueeze(mask_words, axis2)
+    mask_shifted = Div(mask_words_column, mask_powers)
+    mask_bits_of_words = Mod(mask_shifted, mask_base)
+    mask_bits = Reshape(mask_bits_of_words, minus_one)
+    first_mask_bit = Mul(rows_column, mask_width)
+"""
+
+_KEYS = """
     keys_per_sequence = Mul(pages_per_sequence, page_tokens)
     key_count = Mul(table_size, page_tokens)
     key_range = Range(zero, key_count, one)
     key_sequence = Div(key_range, keys_per_sequence)
-    key_position = Mod(key_range, keys_per_sequence)
+    key_slot = Mod(key_range, keys_per_sequence)
     same_sequence = Equal(key_sequence, sequence_column)
-    not_future = LessOrEqual(key_position, position_column)
-    visible = And(same_sequence, not_future)
-    visible_number = Cast<to = 1>(visible)
+    not_future = LessOrEqual(key_slot, slot_column)
+    tree_offset = Sub(key_slot, tree_start_column)
+    is_before_tree = Less(tree_offset, zero)
+    tree_offset_from_0 = Max(tree_offset, zero)
+    tree_offset_to_63 = Min(tree_offset_from_0, last_mask_bit)
+    tree_bit_index = Add(tree_offset_to_63, first_mask_bit)
+    tree_bit = Gather<axis = 0>(mask_bits, tree_bit_index)
+    tree_bit_set = Equal(tree_bit, one)
+    has_tree_bit = LessOrEqual(tree_offset, last_mask_bit)
+    is_seen_in_tree = And(tree_bit_set, has_tree_bit)
+    is_seen = Or(is_before_tree, is_seen_in_tree)
+    not_future_seen = And(not_future, is_seen)
+    VISIBLE = And(same_sequence, not_future_seen)
+    key_block = Div(key_slot, page_tokens)
+"""
+
+_BLOCKS_IN_WINDOW = """    window_scalar = Constant<value_int: int = @window>()
+    no_window = Equal(window_scalar, zero)
+    own_block = Div(position_column, page_tokens)
+    last_hidden_block = Sub(own_block, window_scalar)
+    is_near = Greater(key_block, last_hidden_block)
+    is_in_window = Or(is_near, no_window)
+    visible = And(visible_anywhere, is_in_window)
+"""
+
+_WRITTEN = """    visible_number = Cast<to = 1>(visible)
     written_number = ReduceMax<keepdims = 0>(visible_number, axis0)
     written = Cast<to = 9>(written_number)
     written_column = Unsqueeze(written, axis1)
 """
+
+
+def constants(kind: str, **values: object) -> str:
+    """A Constant for each value; kind: the attribute that holds it."""
+    return "".join(f"    {name} = Constant<{kind} = {value}>()\n" for name, value in values.items())
+
+
+def indices(name: str, shape: str, *parts: str) -> str:
+    """`name` [*shape, len(parts)] for GatherND and ScatterND; parts broadcast to `shape`, which ends in 1."""
+    names = [f"{name}_part{i}" for i in range(len(parts))]
+    expanded = "".join(f"    {n} = Expand({part}, {shape})\n" for n, part in zip(names, parts, strict=True))
+    return f"{expanded}    {name} = Concat<axis = -1>({', '.join(names)})\n"
+
+
+def visible_keys(window: bool) -> str:
+    """Every key of the batch against every row, and which keys any row sees. Shared with edge.InfLLMv2Attention.
+
+    Bits are taken by divisions: TensorRT has no BitShift.
+    """
+    powers = constants("value_ints", mask_powers=[2**bit for bit in range(32)])
+    numbers = constants("value_int", mask_word_values=2**32, mask_base=2, mask_width=64, last_mask_bit=63)
+    keys = (
+        _KEYS.replace("VISIBLE", "visible_anywhere") + _BLOCKS_IN_WINDOW
+        if window
+        else _KEYS.replace("VISIBLE", "visible")
+    )
+    return powers + numbers + _TREE_BITS + keys + _WRITTEN
+
 
 # kv_new, with an index for each vector of it, to the pool. Shared with edge.InfLLMv2Attention.
 _STORE = """
@@ -85,9 +156,10 @@ def _paged_attention(int8: bool) -> str:
     suffix, scales, scales_out = ("Int8", "kv_scales, ", ", kv_scales_out") if int8 else ("", "", "")
     return f"""
 <domain: "edge", opset_import: ["" : 21]>
-PagedAttention{suffix} <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plugin_version>
-    (qkv, cos, sin, kv_pool, {scales}positions, query_start, page_table) => (output, kv_pool_out{scales_out})
-{{{_ROTATE}{ROW_SEQUENCES}{_INDEX}{store("index", int8)}
+PagedAttention{suffix} <num_heads, num_kv_heads, head_dim, scale, plugin_namespace, plugin_version, window: int = 0>
+    (qkv, cos, sin, kv_pool, {scales}positions, slots, query_start, page_table, tree_start, tree_mask)
+    => (output, kv_pool_out{scales_out})
+{{{_ROTATE}{ROW_SEQUENCES}{ROW_SLOTS}{_INDEX}{store("index", int8)}
 {load("pages", "Gather<axis = 0>", "table_flat", int8)}{_ATTEND}}}
 """
 
@@ -97,6 +169,7 @@ _ROTATE = """
     one = Constant<value_int = 1>()
     axis0 = Constant<value_ints = [0]>()
     axis1 = Constant<value_ints = [1]>()
+    axis2 = Constant<value_ints = [2]>()
     axes12 = Constant<value_ints = [1, 2]>()
     minus_one = Constant<value_ints = [-1]>()
     page_tokens = Constant<value_int = 64>()
@@ -142,8 +215,8 @@ _ROTATE = """
 _INDEX = """
     position = Cast<to = 7>(positions)
     table = Cast<to = 7>(page_table)
-    page_index = Div(position, page_tokens)
-    slot = Mod(position, page_tokens)
+    page_index = Div(slot, page_tokens)
+    place = Mod(slot, page_tokens)
     sequence_column = Unsqueeze(sequence, axis1)
     page_index_column = Unsqueeze(page_index, axis1)
     table_index = Concat<axis = 1>(sequence_column, page_index_column)
@@ -151,16 +224,16 @@ _INDEX = """
 
     index_shape = Concat<axis = 0>(token_count, hkv, axis1)
     page_column = Unsqueeze(page, axes12)
-    slot_column = Unsqueeze(slot, axes12)
+    place_column = Unsqueeze(place, axes12)
     kv_heads = Range(zero, hkv_scalar, one)
     kv_heads_row = Unsqueeze(kv_heads, axis1)
     page_part = Expand(page_column, index_shape)
-    slot_part = Expand(slot_column, index_shape)
+    place_part = Expand(place_column, index_shape)
     head_part = Expand(kv_heads_row, index_shape)
     key_part = Mul(page_part, zero)
     value_part = Add(key_part, one)
-    key_index = Concat<axis = 2>(page_part, key_part, head_part, slot_part)
-    value_index = Concat<axis = 2>(page_part, value_part, head_part, slot_part)
+    key_index = Concat<axis = 2>(page_part, key_part, head_part, place_part)
+    value_index = Concat<axis = 2>(page_part, value_part, head_part, place_part)
     index = Concat<axis = 0>(key_index, value_index)
     kv_new = Concat<axis = 0>(k_rot, v)
     table_flat = Reshape(table, minus_one)
@@ -185,7 +258,7 @@ _ATTEND = (
     table_size = Size(table)
     position_column = Unsqueeze(position, axis1)
 """
-    + VISIBLE_KEYS
+    + visible_keys(window=True)
     + """    nothing_wide = Constant<value_float = 0.0>()
     nothing = CastLike(nothing_wide, qkv)
     v_flat = Where(written_column, v_flat_any, nothing)

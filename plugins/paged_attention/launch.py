@@ -1,4 +1,5 @@
-"""Launches of dense, block-sparse and tree-masked attention over pages: append, attend_tiles, attend_split, combine.
+"""Launches of dense, block-sparse and tree-masked attention over pages: append, attend_tiles, attend_split, combine;
+and, after a tree was verified, keep.
 
 Grids follow from the number of new tokens and sequences alone, so that a step can be captured once for all contexts.
 Buffers have the operators' names (plugins/infllmv2/__init__.py) and those of `scratch`; a pool's pages are laid out as
@@ -7,7 +8,7 @@ append.cu says. The rotated queries are `q`, the result is `output`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from plugins.launch import Argument, Kernel, Launch, divide_up
 
 ROWS = 16  # of a tile
 MAX_GROUP = ROWS
+TREE_BLOCKS = 2  # that 64 slots may lie on
 
 # Thread blocks: attend_tiles has few warps, whose tiles are neighbours; attend_split many, which meet in the end.
 _TILE_WARPS, _SPLIT_WARPS, _APPEND_WARPS = 4, 8, 4
@@ -28,9 +30,9 @@ _LOG2_E = 1.4426950408889634
 class AttentionShape:
     """A step of T `tokens` of B `sequences` whose page tables are `table_width` pages wide.
 
-    limit: columns of `blocks` [T, Hkv, limit] (0: all rows are dense); element: 'half' or 'bf16'; kv_element: `element`
-    or 'uint8_t'; tree: with `tree_mask` [T] uint64, bit i of which says that the row sees the i-th new token of its
-    sequence (bits of later tokens are ignored).
+    limit: the most blocks that a row may select (0: all rows are dense); element: 'half' or 'bf16'; kv_element:
+    `element` or 'uint8_t'; window: dense rows see so many blocks, the last of which is their position's (0: all).
+    Where the tokens are and what a row sees of a tree say slots, tree_start and tree_mask (plugins/infllmv2).
     """
 
     tokens: int
@@ -43,7 +45,7 @@ class AttentionShape:
     kv_element: str = "half"
     limit: int = 0
     use_nope: bool = False
-    tree: bool = False
+    window: int = 0
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 128):
@@ -58,6 +60,11 @@ class AttentionShape:
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def columns(self) -> int:
+        """Of `blocks` [T, Hkv, columns]: those that a row selects, and those of its tree."""
+        return self.limit + TREE_BLOCKS if self.limit else 0
 
     @property
     def planes(self) -> int:
@@ -113,7 +120,8 @@ def choose_splits(shape: AttentionShape, multiprocessors: int) -> int:
 
 
 def _most_splits(shape: AttentionShape) -> int:
-    return divide_up(min(shape.table_width, shape.limit or shape.table_width), _SPLIT_WARPS)
+    # Not for the blocks of a tree: a decode step is divided as if there were none.
+    return divide_up(min(shape.table_width, shape.limit or shape.window or shape.table_width), _SPLIT_WARPS)
 
 
 def attend(shape: AttentionShape, scale: float, multiprocessors: int) -> list[Launch]:
@@ -133,7 +141,7 @@ def append(shape: AttentionShape) -> Launch:
         "q",
         "kv_pool",
         "kv_scales" if shape.is_byte else None,
-        "positions",
+        "slots",
         "query_start",
         "page_table",
         np.int32(shape.tokens),
@@ -146,6 +154,23 @@ def append(shape: AttentionShape) -> Launch:
     rows = shape.tokens * (shape.heads + 2 * shape.kv_heads)
     kernel = _kernel("append.cu", "append", shape, _APPEND_WARPS, "AppendArguments", 1)
     return Launch(kernel, (divide_up(rows, _APPEND_WARPS), 1, 1), arguments)
+
+
+def keep(shape: AttentionShape) -> Launch:
+    """Move what one sequence has at slots [T] to slots kept [T], in kv_pool (and kv_scales); page_table: its row."""
+    arguments = (
+        "kv_pool",
+        "kv_scales" if shape.is_byte else None,
+        "slots",
+        "kept",
+        "page_table",
+        np.int32(shape.tokens),
+        np.int32(shape.planes),
+        np.int32(shape.kv_heads),
+    )
+    body = f"attention::keep<{shape.head_dim}, {'uint8_t' if shape.is_byte else 'uint16_t'}>"
+    kernel = Kernel("paged_attention/keep.cu", body, "attention::KeepArguments", shape.head_dim)
+    return Launch(kernel, (shape.planes, shape.kv_heads, 1), arguments)
 
 
 def attend_tiles(shape: AttentionShape, scale: float) -> Launch:
@@ -171,7 +196,8 @@ def combine(shape: AttentionShape, scale: float, splits: int) -> Launch:
 
 
 def _kernel(source: str, name: str, shape: AttentionShape, warps: int, arguments: str, min_blocks: int) -> Kernel:
-    body = f"attention::{name}<{shape.element}, {shape.head_dim}, {shape.kv_element}, {warps}>"
+    variant = ", true" if shape.window and name != "append" else ""
+    body = f"attention::{name}<{shape.element}, {shape.head_dim}, {shape.kv_element}, {warps}{variant}>"
     return Kernel(f"paged_attention/{source}", body, f"attention::{arguments}", 32 * warps, min_blocks)
 
 
@@ -187,12 +213,14 @@ def _attend(
         "q",
         "kv_pool",
         "kv_scales" if shape.is_byte else None,
+        "slots",
         "positions",
         "query_start",
         "page_table",
+        "tree_start",
+        "tree_mask",
         "blocks" if shape.limit else None,
         "block_counts" if shape.limit else None,
-        "tree_mask" if shape.tree else None,
         output,
         partial,
         partial_softmax,
@@ -202,15 +230,17 @@ def _attend(
         np.int32(shape.heads),
         np.int32(shape.kv_heads),
         np.int32(shape.planes),
-        np.int32(shape.limit),
+        np.int32(shape.columns),
         np.int32(shape.tile_tokens),
         np.int32(splits),
+        np.int32(shape.window),
         np.float32(scale * _LOG2_E),
     )
 
 
 def product_launches() -> dict[str, Launch]:
-    """What MiniCPM4-8B and 0.5B launch: a prompt of 512 tokens, and a decode step with 96 blocks of 128K tokens."""
+    """What MiniCPM4-8B and 0.5B launch: a prompt of 512 tokens, and a decode step with 96 blocks of 128K tokens; and
+    the 8B's draft model, whose dense layer has a window."""
     launches: dict[str, Launch] = {}
     for model, heads, head_dim in (("8b", 32, 128), ("0.5b", 16, 64)):
         for element in ("half", "bf16"):
@@ -223,8 +253,15 @@ def product_launches() -> dict[str, Launch]:
                 scale = head_dim**-0.5
                 launches |= {
                     f"append_{name}": append(step),
+                    f"keep_{name}": keep(step),
                     f"attend_tiles_{name}": attend_tiles(prompt, scale),
                     f"attend_split_{name}": attend_split(step, scale, splits),
                     f"combine_{name}": combine(step, scale, splits),
                 }
+                if model == "8b" and not step.is_byte:  # its draft's layer, whose window is 1024 tokens
+                    prompt, step = (replace(one, limit=0, window=1024 // PAGE_TOKENS) for one in (prompt, step))
+                    launches |= {
+                        f"attend_tiles_window_{name}": attend_tiles(prompt, scale),
+                        f"attend_split_window_{name}": attend_split(step, scale, choose_splits(step, 16)),
+                    }
     return launches

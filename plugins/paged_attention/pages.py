@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from plugins import PAGE_TOKENS
+from plugins.paged_attention import NO_TREE
 from plugins.paged_attention.meaning import quantise
 
 NO_PAGE = 2**30  # ends a row of the page table; must never be read
 
+# Of each sequence: the parents of its last tokens, which are a tree. An earlier one of them, or -1, the tree's root.
+Trees = Sequence[Sequence[int]]
 
 UNWRITTEN = 127  # the code of no value: its byte is 0xFF
 
@@ -52,11 +55,14 @@ def from_device(buffers: dict[str, np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Step:
-    """New tokens of sequences that have a past, with pages dealt at random."""
+    """New tokens of sequences that have a past, with pages dealt at random. Arrays are as the operators have them."""
 
     positions: np.ndarray
+    slots: np.ndarray
     query_start: np.ndarray
     page_table: np.ndarray
+    tree_start: np.ndarray
+    tree_mask: np.ndarray
     pages: int
 
     @property
@@ -67,7 +73,7 @@ class Step:
     @property
     def buffers(self) -> dict[str, np.ndarray]:
         """What the kernels read of it."""
-        names = ("positions", "query_start", "page_table")
+        names = ("positions", "slots", "query_start", "page_table", "tree_start", "tree_mask")
         return {name: getattr(self, name) for name in names}
 
     def rows(self, b: int) -> range:
@@ -75,7 +81,9 @@ class Step:
         return range(self.query_start[b], self.query_start[b + 1])
 
 
-def make_step(rng: np.random.Generator, sequences: Sequence[tuple[int, int]], spare_columns: int = 1) -> Step:
+def make_step(
+    rng: np.random.Generator, sequences: Sequence[tuple[int, int]], spare_columns: int = 1, trees: Trees = ()
+) -> Step:
     """sequences: (tokens in the cache, new tokens) of each. One page more than needed is never used."""
     lengths = [past + new for past, new in sequences]
     width = max(-(-n // PAGE_TOKENS) for n in lengths) + spare_columns
@@ -85,6 +93,25 @@ def make_step(rng: np.random.Generator, sequences: Sequence[tuple[int, int]], sp
     for b, n in enumerate(lengths):
         for column in range(-(-n // PAGE_TOKENS)):
             table[b, column] = next(order)
-    positions = np.concatenate([np.arange(past, past + new) for past, new in sequences]).astype(np.int32)
-    starts = np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32)
-    return Step(positions, starts, table, needed + 1)
+    slots = np.concatenate([np.arange(past, past + new) for past, new in sequences]).astype(np.int32)
+    query_start = np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32)
+    positions, mask = slots.copy(), np.zeros(len(slots), np.uint64)
+    tree_start = np.full(len(sequences), NO_TREE, np.int32)
+    for b, parents in enumerate(trees):
+        if parents:
+            tree_start[b] = start = lengths[b] - len(parents)
+            rows = query_start[b] + np.flatnonzero(slots[query_start[b] : query_start[b + 1]] >= start)
+            depths, paths = (np.array(values)[slots[rows] - start] for values in _tree_paths(parents))
+            positions[rows], mask[rows] = start - 1 + depths, paths
+    words = mask.view(np.int32).reshape(-1, 2)
+    return Step(positions, slots, query_start, table, tree_start, words, needed + 1)
+
+
+def _tree_paths(parents: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Depths of a tree's tokens, from 1, and the bits of those that lead to each."""
+    depths: list[int] = []
+    paths: list[int] = []
+    for i, parent in enumerate(parents):
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        paths.append(1 << i | (paths[parent] if parent >= 0 else 0))
+    return depths, paths

@@ -98,8 +98,7 @@ inline void attend_few_rows(Tile<Quad>& tile, int64_t first, int64_t rows, int64
     for (int t = 0; t < kPage; t += kWidth)
       store(scores + t, to_float((load(high + t) << 7) + load(low + t)) * tile.q_scale[first + r] *
                             load(block.key_scales + t));
-    const int64_t seen = visible(first + r);
-    if (seen < kPage) std::fill(scores + seen, scores + kPage, -std::numeric_limits<float>::infinity());
+    hide(scores, visible(first + r));
     float &row_max = tile.row_max[first + r], &row_sum = tile.row_sum[first + r];
     move_to_maximum(scores, &tile.out[(first + r) * dim], dim, row_max, row_sum);
     UnsignedQuad* weights = &tile.weights[r * 2 * kPage / 4];

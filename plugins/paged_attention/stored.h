@@ -198,6 +198,9 @@ inline AttentionStep part_of(const AttentionStep& s, int64_t sequence, int64_t f
   part.cos += first * s.dim / 2;
   part.sin += first * s.dim / 2;
   part.positions += first;
+  part.slots += first;
+  part.tree_start += sequence;
+  part.tree_mask += first;
   part.page_table += sequence * s.table_width;
   part.query_start = query_start;
   part.sequences = 1;
@@ -219,11 +222,11 @@ void in_stored_parts(const AttentionStep& s, int64_t before, Work work) {
   const int64_t most = std::clamp<int64_t>(s.store->slots / (2 * kWavesAhead), 1, kWavePages);
   for (int64_t b = 0; b < s.sequences; ++b)
     for (int64_t first = s.query_start[b], last; first < s.query_start[b + 1]; first = last) {
-      const int64_t block = s.positions[first] / kPage, end = block + most;
-      for (last = first; last < s.query_start[b + 1] && s.positions[last] / kPage < end;) ++last;
+      const int64_t block = s.slots[first] / kPage, end = block + most;
+      for (last = first; last < s.query_start[b + 1] && s.slots[last] / kPage < end;) ++last;
       const PageUnits read = units_of(s, b, std::max<int64_t>(0, block - before), block, block);
-      const PageUnits written = units_of(s, b, block, s.positions[last - 1] / kPage + 1,
-                                         s.positions[first] % kPage == 0 ? block : block + 1);
+      const PageUnits written = units_of(s, b, block, s.slots[last - 1] / kPage + 1,
+                                         s.slots[first] % kPage == 0 ? block : block + 1);
       if (!s.store->lock(read)) return;
       if (s.store->lock(written)) {
         bool usable = true;

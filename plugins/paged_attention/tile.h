@@ -248,7 +248,17 @@ inline const float* load_scales(Slice<T> from, Slice<T> next, float* buffer, int
   }
 }
 
-// Rows [first, last) of the tile against a block, of which row r sees `visible(r)` > 0 leading tokens.
+// Takes the scores of tokens away whose bit is not set.
+inline void hide(float* scores, uint64_t visible) {
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  if ((visible & (visible + 1)) == 0) {  // none but leading ones, as always without a tree
+    std::fill(scores + __builtin_popcountll(visible), scores + kPage, kNothing);
+  } else {
+    for (uint64_t hidden = ~visible; hidden != 0; hidden &= hidden - 1) scores[__builtin_ctzll(hidden)] = kNothing;
+  }
+}
+
+// Rows [first, last) of the tile against a block, of which row r sees the tokens whose bits `visible(r)` has.
 template <class E, class Visible>
 inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim, LoadedBlock<E>& block,
                         Visible visible) {
@@ -261,10 +271,9 @@ inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim,
            block.next_keys);
   for (int64_t r = 0; r < rows; ++r) {
     float* row = scores + r * kPage;
-    const int64_t seen = visible(first + r);
     if (block.key_scales != nullptr)
       for (int t = 0; t < kPage; t += kWidth) store(row + t, load(row + t) * load(block.key_scales + t));
-    if (seen < kPage) std::fill(row + seen, row + kPage, -std::numeric_limits<float>::infinity());
+    hide(row, visible(first + r));
     softmax_row(row, block.value_scales, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
                 tile.row_sum[first + r]);
   }

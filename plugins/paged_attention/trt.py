@@ -17,18 +17,24 @@ from plugins.launch import Launch
 from plugins.paged_attention.launch import AttentionShape, append, attend, scratch_up_to
 from plugins.plugin import Buffers, SimpleOperator, Tensor
 
+STEP_INPUTS = ("positions", "slots", "query_start", "page_table", "tree_start", "tree_mask")
+
 
 @dataclass(frozen=True)
 class PagedAttention(SimpleOperator):
-    """output [T, Hq d] of qkv [T, (Hq + 2 Hkv) d], whose keys and values it appends to kv_pool."""
+    """output [T, Hq d] of qkv [T, (Hq + 2 Hkv) d], whose keys and values it appends to kv_pool.
+
+    window: a row sees so many blocks of keys, the last of which is its position's; 0: all.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int
 
     NAME: ClassVar[str] = "PagedAttention"
-    INPUTS: ClassVar[tuple[str, ...]] = ("qkv", "cos", "sin", "kv_pool", "positions", "query_start", "page_table")
+    INPUTS: ClassVar[tuple[str, ...]] = ("qkv", "cos", "sin", "kv_pool", *STEP_INPUTS)
     OUTPUTS: ClassVar[tuple[str, ...]] = ("output", "kv_pool_out")
     SAME_MEMORY: ClassVar[Mapping[str, str]] = {"kv_pool_out": "kv_pool"}
 
@@ -51,7 +57,7 @@ class PagedAttention(SimpleOperator):
         return [append(shape), *attend(shape, self.scale, multiprocessors)]
 
     def _shape(self, tensors: Mapping[str, Tensor]) -> AttentionShape:
-        return attention_shape(tensors, self.num_heads, self.num_kv_heads, self.head_dim)
+        return attention_shape(tensors, self.num_heads, self.num_kv_heads, self.head_dim, window=self.window)
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,15 @@ INT8_TYPES = {
 STEP_TYPES = {
     "cos": "float32",
     "sin": "float32",
-    **dict.fromkeys(("positions", "query_start", "page_table"), "int32"),
+    **dict.fromkeys(STEP_INPUTS, "int32"),
 }
 
 
 def attention_shape(
-    tensors: Mapping[str, Tensor], heads: int, kv_heads: int, head_dim: int, **sparse: Any
+    tensors: Mapping[str, Tensor], heads: int, kv_heads: int, head_dim: int, **further: Any
 ) -> AttentionShape:
-    """The step that the tensors of an attention operator describe; `sparse`: further fields of it."""
+    """The step that the tensors of an attention operator describe; `further`: other fields of it."""
     (sequences, table_width), element = tensors["page_table"].shape, tensors["qkv"].element
     tokens, pool = tensors["qkv"].shape[0], tensors["kv_pool"]
     kv_element = "uint8_t" if pool.dtype == "int8" else pool.element
-    return AttentionShape(tokens, sequences, table_width, heads, kv_heads, head_dim, element, kv_element, **sparse)
+    return AttentionShape(tokens, sequences, table_width, heads, kv_heads, head_dim, element, kv_element, **further)
