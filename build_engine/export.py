@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import math
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,21 +18,22 @@ import onnx
 from onnx import helper
 
 from build_engine.checkpoint import Checkpoint
+from build_engine.draft_export import DraftExport, draft_kernels, draft_section, lower_draft, vocab_file
 from build_engine.formats import Target, WeightFormat, make_target, plugin_kernels
 from build_engine.graph import build_graph
 from build_engine.long_context import LongContext, apply_long_context, max_context
-from build_engine.lowering import Progress, lower
-from build_engine.weight_rows import projections
+from build_engine.lowering import Progress, describe_weights, lower
 from build_engine.weights_file import WeightsFile
 from edge.bundle import (
     CHAT_TEMPLATE,
+    DRAFT_GRAPH,
+    DRAFT_VOCAB,
     GRAPH,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
     FileEntry,
     Manifest,
-    hash_file,
     is_bundle,
 )
 from edge.config import ModelConfig
@@ -51,6 +52,7 @@ class ExportOptions:
     overwrite: bool = False
     long_context: LongContext = field(default_factory=LongContext)
     kv: str | None = None
+    draft: DraftExport | None = None
 
 
 def export_bundle(
@@ -93,30 +95,35 @@ def check_place(out: Path, overwrite: bool) -> None:
 def _write_files(
     checkpoint: Checkpoint, folder: Path, target: Target, options: ExportOptions, progress: Progress
 ) -> None:
-    modules = _kernel_modules(checkpoint.config, target, options.weights)  # first, for it may lack the compilers
-    graph = build_graph(checkpoint.config, target.types)
+    draft = options.draft
+    modules = _kernel_modules(checkpoint.config, target, options)  # first, for it may lack the compilers
+    graph = build_graph(checkpoint.config, target.types, hidden=draft is not None)
     files: dict[str, FileEntry] = {}
+    contents: dict[str, bytes] = {}
+    section = None
     with WeightsFile(folder / WEIGHTS) as weights:
         model = lower(graph, checkpoint, target, options.weights, weights, progress)
+        contents[GRAPH] = model.SerializeToString()
+        if draft is not None:
+            drafting = lower_draft(draft, checkpoint, options.weights, model, target, weights, progress)
+            section = draft_section(draft, checkpoint, target, _embedding_type(model), drafting)
+            contents[DRAFT_GRAPH] = drafting.SerializeToString()
         files[WEIGHTS] = FileEntry(weights.sha256, weights.bytes_written)
-    texts = {}
+    if draft is not None and draft.ids is not None:
+        contents[DRAFT_VOCAB] = vocab_file(draft.ids)
     if checkpoint.text is not None:
-        texts[TOKENIZER] = checkpoint.text.tokenizer_json
+        contents[TOKENIZER] = checkpoint.text.tokenizer_json.encode()
         if checkpoint.text.chat_template is not None:
-            texts[CHAT_TEMPLATE] = checkpoint.text.chat_template
-    (folder / GRAPH).write_bytes(model.SerializeToString())
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    for name, module in modules.items():
-        (folder / name).write_bytes(module)
-    for name in (GRAPH, *texts, *modules):
-        path = folder / name
-        files[name] = FileEntry(hash_file(path), path.stat().st_size)
-    manifest = _manifest(checkpoint, target, options, files, model)
+            contents[CHAT_TEMPLATE] = checkpoint.text.chat_template.encode()
+    contents |= modules
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        files[name] = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+    manifest = replace(_manifest(checkpoint, target, options, files, model), draft=section)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _kernel_modules(config: ModelConfig, target: Target, weights: WeightFormat) -> dict[str, bytes]:
+def _kernel_modules(config: ModelConfig, target: Target, options: ExportOptions) -> dict[str, bytes]:
     """Files of machine code; none for a model of a size without kernels, whose operators run as ONNX functions.
 
     Functions of packed weights would unpack them to float32: they are for checks, so packed ones need their kernels.
@@ -124,24 +131,14 @@ def _kernel_modules(config: ModelConfig, target: Target, weights: WeightFormat) 
     if target.name not in TARGETS:
         return {}
     try:
-        kernels = plugin_kernels(config, weights, target.types.names["kv"])
+        kernels = plugin_kernels(config, options.weights, target.types.names["kv"])
+        if options.draft is not None:
+            kernels = list(dict.fromkeys([*kernels, *draft_kernels(options.draft, config, target)]))
     except EdgeError as error:
-        if weights.linear == "packed":
+        if options.weights.linear == "packed":
             raise EdgeError(f"--linear packed lacks kernels for this model ({error}); use --linear native") from None
         return {}
     return kernel_modules(kernels, target.name)
-
-
-def _describe(weights: WeightFormat, checkpoint: Checkpoint, model: onnx.ModelProto) -> str:
-    """The format, and the bits that a projection's weight takes with its scales beside those of its code alone."""
-    if not weights.is_low_bit:
-        return weights.describe()
-    count = sum(math.prod(tensor.shape) for tensor in projections(checkpoint))
-    size = 0
-    for tensor in model.graph.initializer:
-        if tensor.name.startswith("layers."):  # named after their nodes, unlike embedding and norms
-            size += next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
-    return f"{weights.describe()}, {8 * size / count:.2f} bits a weight (ideal {weights.bits})"
 
 
 def _embedding_type(model: onnx.ModelProto) -> str:
@@ -164,7 +161,7 @@ def _manifest(
         weights={
             **asdict(options.weights),
             "head_group_size": options.weights.head_group_size,
-            "description": _describe(options.weights, checkpoint, model),
+            "description": describe_weights(options.weights, checkpoint, model),
         },
         target=target.name,
         types={**target.types.names, "embedding": _embedding_type(model)},

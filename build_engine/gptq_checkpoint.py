@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from build_engine import marlin
-from build_engine.checkpoint import Codes, LazyTensor, expected_shapes
+from build_engine.checkpoint import Codes, LazyTensor
 from build_engine.quantize import unpack_nibbles
-from edge.config import ModelConfig
 from edge.errors import EdgeError
 
 GROUP_SIZES = (-1, 32, 64, 128)  # -1: one scale a row
@@ -43,12 +42,13 @@ class GptqFormat:
 
 
 def open_gptq_tensors(
-    found: Mapping[str, LazyTensor], gptq: GptqFormat, model: ModelConfig, source: Path
+    found: Mapping[str, LazyTensor], gptq: GptqFormat, shapes: Mapping[str, tuple[int, ...]], source: Path
 ) -> dict[str, LazyTensor]:
     """`found` with the tensors of every int4 layer replaced by the matrix they mean, float32, with its `codes`.
 
-    Marlin's fused qkv_proj and gate_up_proj become the model's own layers. Reads g_idx, and no weights: zero points and
-    scales are checked where they are read. EdgeError names the tensor that is not what `gptq` and `model` say.
+    shapes: of all tensors of the model. Marlin's fused qkv_proj and gate_up_proj become the model's own layers. Reads
+    g_idx, and no weights: zero points and scales are checked where they are read. EdgeError names the tensor that is
+    not what `gptq` and `shapes` say.
     """
     modules = [name.removesuffix(".qweight") for name in found if name.endswith(".qweight")]
     if not modules:
@@ -56,7 +56,6 @@ def open_gptq_tensors(
             f"{source}: config.json has a quantization_config, but no tensor is int4 (*.qweight); remove "
             "quantization_config or download the checkpoint again"
         )
-    shapes = dict(expected_shapes(model))
     linear = {name for name, shape in shapes.items() if len(shape) == 2 and name != "model.embed_tokens.weight"}
     tensors = dict(found)
     for module in modules:

@@ -20,6 +20,7 @@ from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from plugins.rope.meaning import rope_tables
 
 INT32 = TensorProto.INT32
+STEP_INPUTS = ("positions", "slots", "query_start", "page_table", "tree_start", "tree_mask")  # of all attention
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def edge_node(op_type: str, name: str, inputs: list[str], outputs: list[str], **
 
 
 @dataclass
-class _Builder:
+class Builder:
     """Collects nodes; a value's name is the name of the node that made it."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -80,24 +81,38 @@ class _Builder:
         return name
 
 
-def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.ModelProto:
-    """The whole model. Inputs and outputs: `graph_inputs`, `graph_outputs`."""
-    b = _Builder()
-    hidden = _embed(b, config, types)
-    cos, sin = _rope_tables(b, config)
+def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes(), *, hidden: bool = False) -> onnx.ModelProto:
+    """The whole model. Inputs and outputs: `graph_inputs`, `graph_outputs`.
+
+    hidden: whether the final norm's output of all rows is an output, too, for a draft model.
+    """
+    b = Builder()
+    residual = embed(b, config, types)
+    cos, sin = rope_nodes(b, config)
     normed = b.edge(
         "RMSNorm",
         "layers.0.input_norm",
-        hidden,
+        residual,
         b.weight(_layer(0, "input_layernorm.weight"), [config.hidden_size], types.activation),
         epsilon=config.rms_norm_eps,
     )
     for index in range(config.num_hidden_layers):
-        hidden, normed = _decoder_layer(b, config, types, index, hidden, normed, cos, sin)
+        cuts_rows = index == config.num_hidden_layers - 1 and not hidden
+        residual, normed = _decoder_layer(b, config, types, index, residual, normed, cos, sin, cuts_rows)
+    outputs = graph_outputs(config, types)
+    if hidden:
+        b.op("Cast", "hidden", normed, to=TensorProto.FLOAT)
+        outputs.insert(1, helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["T", config.hidden_size]))
+        normed = b.op("Gather", "head.rows", normed, "logits_rows", axis=0)
     _head(b, config, types, normed)
-    graph = helper.make_graph(
-        b.nodes, "minicpm4", graph_inputs(config, types), graph_outputs(config, types), b.initializers
-    )
+    return make_model(b, "minicpm4", graph_inputs(config, types), outputs)
+
+
+def make_model(
+    b: Builder, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+) -> onnx.ModelProto:
+    """The nodes as a model, with the meaning of every `edge` operator."""
+    graph = helper.make_graph(b.nodes, name, inputs, outputs, b.initializers)
     return helper.make_model(
         graph,
         functions=plugins.functions(),
@@ -113,6 +128,7 @@ def build_graph(config: ModelConfig, types: GraphTypes = GraphTypes()) -> onnx.M
 def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoProto]:
     """T new tokens of B sequences; P page-table columns; R rows that need logits.
 
+    `slots`, `tree_start` and `tree_mask` say where tokens are stored and what rows of a tree see (plugins/infllmv2).
     `switch_length` [B] (only if something depends on it) is the length that selects LongRoPE's factor list and
     dense or sparse attention: the whole prompt's during its chunked prefill, then the context's, so that chunking
     never changes the result. `sparse_settings` [4] (only if the model is sparse): see plugins/infllmv2.
@@ -120,8 +136,11 @@ def graph_inputs(config: ModelConfig, types: GraphTypes) -> list[onnx.ValueInfoP
     inputs = [
         helper.make_tensor_value_info("input_ids", INT32, ["T"]),
         helper.make_tensor_value_info("positions", INT32, ["T"]),
+        helper.make_tensor_value_info("slots", INT32, ["T"]),
         helper.make_tensor_value_info("query_start", INT32, ["B_plus_1"]),
         helper.make_tensor_value_info("page_table", INT32, ["B", "P"]),
+        helper.make_tensor_value_info("tree_start", INT32, ["B"]),
+        helper.make_tensor_value_info("tree_mask", INT32, ["T", 2]),
         helper.make_tensor_value_info("logits_rows", INT32, ["R"]),
     ]
     if config.switches_on_length:
@@ -153,7 +172,8 @@ def _layer(index: int, name: str) -> str:
     return f"model.layers.{index}.{name}"
 
 
-def _embed(b: _Builder, config: ModelConfig, types: GraphTypes) -> str:
+def embed(b: Builder, config: ModelConfig, types: GraphTypes) -> str:
+    """Rows of the embedding times its scale, [T, H]."""
     table = b.weight("model.embed_tokens.weight", [config.vocab_size, config.hidden_size], types.activation)
     rows = b.op("Gather", "embed.rows", table, "input_ids", axis=0)
     wide = b.op("Cast", "embed.cast", rows, to=types.activation)
@@ -161,7 +181,7 @@ def _embed(b: _Builder, config: ModelConfig, types: GraphTypes) -> str:
     return b.op("Mul", "embed", wide, scale)
 
 
-def _rope_tables(b: _Builder, config: ModelConfig) -> tuple[str, str]:
+def rope_nodes(b: Builder, config: ModelConfig) -> tuple[str, str]:
     """cos and sin [T, d/2] in float32 for every layer."""
     half = config.head_dim // 2
     rope = config.long_rope or LongRope((1.0,) * half, (1.0,) * half, config.max_position_embeddings)
@@ -178,9 +198,20 @@ def _rope_tables(b: _Builder, config: ModelConfig) -> tuple[str, str]:
 
 
 def _decoder_layer(
-    b: _Builder, c: ModelConfig, types: GraphTypes, index: int, hidden: str, normed: str, cos: str, sin: str
+    b: Builder,
+    c: ModelConfig,
+    types: GraphTypes,
+    index: int,
+    hidden: str,
+    normed: str,
+    cos: str,
+    sin: str,
+    cuts_rows: bool,
 ) -> tuple[str, str]:
-    """(hidden, the next norm's output). Each norm is fused with the residual add before it."""
+    """(hidden, the next norm's output). Each norm is fused with the residual add before it.
+
+    cuts_rows: only the rows that need logits go on after attention.
+    """
     name = f"layers.{index}"
     qkv = b.linear(
         f"{name}.qkv",
@@ -188,8 +219,7 @@ def _decoder_layer(
         [_layer(index, f"self_attn.{p}_proj.weight") for p in "qkv"],
     )
     attended = _attention(b, c, types, index, qkv, cos, sin)
-    if index == c.num_hidden_layers - 1:
-        # From here on only the rows that need logits matter.
+    if cuts_rows:
         attended = b.op("Gather", "head.attention_rows", attended, "logits_rows", axis=0)
         hidden = b.op("Gather", "head.hidden_rows", hidden, "logits_rows", axis=0)
     out = b.linear(f"{name}.o", attended, [_layer(index, "self_attn.o_proj.weight")])
@@ -207,11 +237,11 @@ def _decoder_layer(
     return _add_norm(b, c, types, f"{name}.next_norm", hidden, down, next_norm)
 
 
-def _attention(b: _Builder, c: ModelConfig, types: GraphTypes, index: int, qkv: str, cos: str, sin: str) -> str:
+def _attention(b: Builder, c: ModelConfig, types: GraphTypes, index: int, qkv: str, cos: str, sin: str) -> str:
     """Dense or InfLLM-V2 attention over the layer's pools, which it updates."""
     attended, pools = f"layers.{index}.attention", list(pool_layout(c, types.names))
     suffix = "Int8" if types.kv == TensorProto.INT8 else ""
-    inputs = [qkv, cos, sin, *(f"{pool}.{index}" for pool in pools), "positions", "query_start", "page_table"]
+    inputs = [qkv, cos, sin, *(f"{pool}.{index}" for pool in pools), *STEP_INPUTS]
     outputs = [attended, *(f"{pool}_out.{index}" for pool in pools)]
     attributes: dict[str, Any] = {
         "num_heads": c.num_attention_heads,
@@ -220,7 +250,7 @@ def _attention(b: _Builder, c: ModelConfig, types: GraphTypes, index: int, qkv: 
         "scale": c.head_dim**-0.5,
     }
     if c.sparse is None:
-        node = edge_node(f"PagedAttention{suffix}", attended, inputs, outputs, **attributes)
+        node = edge_node(f"PagedAttention{suffix}", attended, inputs, outputs, window=0, **attributes)
     else:
         inputs += ["switch_length", "sparse_settings"]
         attributes |= {"use_nope": int(c.sparse.use_nope), "max_blocks": c.sparse.selected_blocks}
@@ -230,7 +260,7 @@ def _attention(b: _Builder, c: ModelConfig, types: GraphTypes, index: int, qkv: 
 
 
 def _add_norm(
-    b: _Builder, c: ModelConfig, types: GraphTypes, name: str, hidden: str, branch: str, weight: str
+    b: Builder, c: ModelConfig, types: GraphTypes, name: str, hidden: str, branch: str, weight: str
 ) -> tuple[str, str]:
     total, normed = b.edge(
         "AddRMSNorm",
@@ -245,7 +275,7 @@ def _add_norm(
     return total, normed
 
 
-def _head(b: _Builder, c: ModelConfig, types: GraphTypes, normed: str) -> None:
+def _head(b: Builder, c: ModelConfig, types: GraphTypes, normed: str) -> None:
     """logits = W_head (h / (hidden_size / dim_model_base)), float32 whatever the activations are."""
     if c.logit_divisor != 1:
         dtype = helper.tensor_dtype_to_np_dtype(types.activation)

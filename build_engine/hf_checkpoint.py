@@ -12,6 +12,7 @@ from build_engine.checkpoint import (
     Checkpoint,
     LazyTensor,
     TextAssets,
+    expected_shapes,
     select_tensors,
     validate_config,
     with_bos,
@@ -25,33 +26,33 @@ _MODEL_TYPES = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama"}
 # OpenBMB's *-marlin-cpmcu folders; CPM.cu, too, prefers the first where several files lie (spec:
 # quantization_and_speculation.md 3.2).
 _MARLIN_FILES = ("model_gptq_marlin.safetensors", "model_gptq.safetensors")
-_INTEGER = ((int,), "an integer")
-_NUMBER = ((int, float), "a number")
-_FLAG = ((bool,), "true or false")
-_OBJECT = ((dict,), "an object")
-_LIST = ((list,), "a list")
-_STRING = ((str,), "a string")
+INTEGER = ((int,), "an integer")
+NUMBER = ((int, float), "a number")
+FLAG = ((bool,), "true or false")
+OBJECT = ((dict,), "an object")
+LIST = ((list,), "a list")
+STRING = ((str,), "a string")
 _SAMPLING_FIELDS = {
-    "do_sample": _FLAG,
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "top_k": _INTEGER,
-    "min_p": _NUMBER,
-    "repetition_penalty": _NUMBER,
+    "do_sample": FLAG,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": INTEGER,
+    "min_p": NUMBER,
+    "repetition_penalty": NUMBER,
 }
 
 
 def open_hf(folder: Path) -> Checkpoint:
     """Open a folder that holds config.json; EdgeError names the file and field or tensor at fault."""
     config_path = folder / "config.json"
-    values = _read_json(config_path)
+    values = read_json(config_path)
     generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    generation = read_json(generation_path) if generation_path.is_file() else {}
     config = parse_config(values, config_path, _token_ids(generation, generation_path))
-    gptq = _gptq_format(values, config_path)
-    found = _open_shards(folder, gptq)
+    gptq = gptq_format(values, config_path)
+    found = open_shards(folder, gptq)
     if gptq is not None:
-        found = open_gptq_tensors(found, gptq, config, folder)
+        found = open_gptq_tensors(found, gptq, dict(expected_shapes(config)), folder)
     spare_head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     tensors = select_tensors(found, config, folder)
     if spare_head is not None:
@@ -63,7 +64,7 @@ def open_hf(folder: Path) -> Checkpoint:
         tensors=tensors,
         text=_read_text(folder, config),
         generation={
-            key: _field(generation, key, kind, None, generation_path)
+            key: json_field(generation, key, kind, None, generation_path)
             for key, kind in _SAMPLING_FIELDS.items()
             if generation.get(key) is not None
         },
@@ -76,13 +77,13 @@ def parse_config(values: dict[str, Any], source: Path, more_eos: tuple[int, ...]
     `more_eos`: the stop tokens of generation_config.json, which `generate` obeys beside the model's own.
     """
     model_type = _model_type(values, source)
-    _refuse_unsupported(values, source)
+    refuse_unsupported(values, source)
 
     def integer(key: str, default: int) -> int:
-        return int(_field(values, key, _INTEGER, default, source))
+        return int(json_field(values, key, INTEGER, default, source))
 
     def number(key: str, default: float) -> float:
-        return float(_field(values, key, _NUMBER, default, source))
+        return float(json_field(values, key, NUMBER, default, source))
 
     hidden, heads = integer("hidden_size", 4096), integer("num_attention_heads", 32)
     layers = integer("num_hidden_layers", 32)
@@ -91,8 +92,8 @@ def parse_config(values: dict[str, Any], source: Path, more_eos: tuple[int, ...]
             f"{source}: hidden_size {hidden}, num_attention_heads {heads} and num_hidden_layers {layers} "
             "must be positive, and without head_dim the first a multiple of the second"
         )
-    rope = _field(values, "rope_scaling", _OBJECT, values.get("rope_parameters") or {}, source)
-    theta = number("rope_theta", _field(rope, "rope_theta", _NUMBER, 10000.0, source))
+    rope = json_field(values, "rope_scaling", OBJECT, values.get("rope_parameters") or {}, source)
+    theta = number("rope_theta", json_field(rope, "rope_theta", NUMBER, 10000.0, source))
     mup = {key: number(key, 1.0) for key in ("scale_emb", "scale_depth", "dim_model_base")}
     bos = None if values.get("bos_token_id", 1) is None else integer("bos_token_id", 1)
     eos = _token_ids({"eos_token_id": 2} | values, source)
@@ -107,7 +108,7 @@ def parse_config(values: dict[str, Any], source: Path, more_eos: tuple[int, ...]
         rms_norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         max_position_embeddings=integer("max_position_embeddings", 2048),
-        tie_word_embeddings=_field(values, "tie_word_embeddings", _FLAG, model_type == "minicpm", source),
+        tie_word_embeddings=json_field(values, "tie_word_embeddings", FLAG, model_type == "minicpm", source),
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys((*eos, *more_eos))),
         long_rope=_long_rope(rope, model_type, source),
@@ -119,9 +120,9 @@ def parse_config(values: dict[str, Any], source: Path, more_eos: tuple[int, ...]
 
 
 def _model_type(values: dict[str, Any], source: Path) -> str:
-    architectures = _field(values, "architectures", _LIST, [], source)
+    architectures = json_field(values, "architectures", LIST, [], source)
     by_architecture = next((kind for name, kind in _MODEL_TYPES.items() if name in architectures), "absent")
-    model_type = str(_field(values, "model_type", _STRING, by_architecture, source))
+    model_type = str(json_field(values, "model_type", STRING, by_architecture, source))
     if model_type not in _MODEL_TYPES.values():
         raise EdgeError(
             f"{source}: model_type is {model_type}; supported are minicpm (MiniCPM4, MiniCPM4.1, BitCPM4) and llama"
@@ -129,37 +130,38 @@ def _model_type(values: dict[str, Any], source: Path) -> str:
     return model_type
 
 
-def _refuse_unsupported(values: dict[str, Any], source: Path) -> None:
+def refuse_unsupported(values: dict[str, Any], source: Path) -> None:
+    """EdgeError if config.json asks for biases or another activation than SwiGLU's."""
     for key in ("attention_bias", "mlp_bias"):
-        if _field(values, key, _FLAG, False, source):
+        if json_field(values, key, FLAG, False, source):
             raise EdgeError(f"{source}: {key} is true, but only linear layers without bias are supported")
-    activation = _field(values, "hidden_act", _STRING, "silu", source)
+    activation = json_field(values, "hidden_act", STRING, "silu", source)
     if activation != "silu":
         raise EdgeError(f"{source}: hidden_act is {activation}, but only silu is supported")
 
 
-def _gptq_format(values: dict[str, Any], source: Path) -> GptqFormat | None:
+def gptq_format(values: dict[str, Any], source: Path) -> GptqFormat | None:
     """quantization_config, None without one; EdgeError names the method or setting that is not read.
 
     A field that is absent has the value of symmetric GPTQ: CPM.cu asks Marlin's files for group_size alone.
     """
-    given = _field(values, "quantization_config", _OBJECT, {}, source)
+    given = json_field(values, "quantization_config", OBJECT, {}, source)
     if not given:
         return None
-    method = _field(given, "quant_method", _STRING, "gptq", source)
+    method = json_field(given, "quant_method", STRING, "gptq", source)
     if method != "gptq":
         raise EdgeError(
             f"{source}: the weights are quantised with {method}, which is not supported (gptq is); "
             "use the bf16 checkpoint, a GPTQ one or a GGUF file"
         )
-    if not _field(given, "sym", _FLAG, True, source):
+    if not json_field(given, "sym", FLAG, True, source):
         raise EdgeError(f"{source}: sym is false, but asymmetric int4 is not supported; use the bf16 checkpoint")
     limits = {
-        "bits": (_INTEGER, 4, (4,)),
-        "group_size": (_INTEGER, None, GROUP_SIZES),
-        "checkpoint_format": (_STRING, "gptq", tuple(STORED_ZEROS)),
+        "bits": (INTEGER, 4, (4,)),
+        "group_size": (INTEGER, None, GROUP_SIZES),
+        "checkpoint_format": (STRING, "gptq", tuple(STORED_ZEROS)),
     }
-    said = {key: _field(given, key, kind, default, source) for key, (kind, default, _) in limits.items()}
+    said = {key: json_field(given, key, kind, default, source) for key, (kind, default, _) in limits.items()}
     for key, (_, _, supported) in limits.items():
         if said[key] not in supported:
             raise EdgeError(
@@ -169,8 +171,8 @@ def _gptq_format(values: dict[str, Any], source: Path) -> GptqFormat | None:
     return GptqFormat(
         group_size=said["group_size"],
         stored_zero=STORED_ZEROS[said["checkpoint_format"]],
-        desc_act=_field(given, "desc_act", _FLAG, False, source),
-        lm_head=_field(given, "lm_head", _FLAG, False, source),
+        desc_act=json_field(given, "desc_act", FLAG, False, source),
+        lm_head=json_field(given, "lm_head", FLAG, False, source),
     )
 
 
@@ -183,15 +185,15 @@ def _long_rope(rope: dict[str, Any], model_type: str, source: Path) -> LongRope 
         raise EdgeError(f"{source}: rope type {kind} is not supported; {model_type} may have {allowed}")
     factors = {}
     for key in ("short_factor", "long_factor"):
-        factors[key] = tuple(_field(rope, key, _LIST, None, source))
+        factors[key] = tuple(json_field(rope, key, LIST, None, source))
         if not all(_is_a(factor, (int, float)) for factor in factors[key]):
             raise EdgeError(f"{source}: rope {key} has an entry that is not a number")
-    original = _field(rope, "original_max_position_embeddings", _INTEGER, None, source)
+    original = json_field(rope, "original_max_position_embeddings", INTEGER, None, source)
     return LongRope(factors["short_factor"], factors["long_factor"], original)
 
 
 def _sparse(values: dict[str, Any], source: Path) -> SparseConfig | None:
-    given = _field(values, "sparse_config", _OBJECT, {}, source)
+    given = json_field(values, "sparse_config", OBJECT, {}, source)
     if not given:
         return None
     defaults = vars(SparseConfig())
@@ -200,7 +202,7 @@ def _sparse(values: dict[str, Any], source: Path) -> SparseConfig | None:
         raise EdgeError(f"{source}: sparse_config has no field {unknown[0]}; known are {', '.join(defaults)}")
     sparse = SparseConfig(
         **{
-            key: _field(given, key, _FLAG if isinstance(default, bool) else _INTEGER, default, source)
+            key: json_field(given, key, FLAG if isinstance(default, bool) else INTEGER, default, source)
             for key, default in defaults.items()
         }
     )
@@ -209,7 +211,8 @@ def _sparse(values: dict[str, Any], source: Path) -> SparseConfig | None:
     return sparse
 
 
-def _open_shards(folder: Path, gptq: GptqFormat | None) -> dict[str, LazyTensor]:
+def open_shards(folder: Path, gptq: GptqFormat | None) -> dict[str, LazyTensor]:
+    """All tensors of the folder's safetensors; EdgeError if there are none, or int4 ones without `gptq`."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     repacked = [folder / name for name in _MARLIN_FILES if (folder / name).is_file()]
     if gptq is not None and repacked:
@@ -236,7 +239,7 @@ def _open_shards(folder: Path, gptq: GptqFormat | None) -> dict[str, LazyTensor]
 
 
 def _open_index(folder: Path, index: Path) -> dict[str, LazyTensor]:
-    weight_map = _field(_read_json(index), "weight_map", _OBJECT, None, index)
+    weight_map = json_field(read_json(index), "weight_map", OBJECT, None, index)
     shards: dict[str, dict[str, LazyTensor]] = {}
     tensors = {}
     for name, shard in weight_map.items():
@@ -267,7 +270,7 @@ def _read_text(folder: Path, config: ModelConfig) -> TextAssets | None:
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    settings = _read_json(settings_path) if settings_path.is_file() else {}
+    settings = read_json(settings_path) if settings_path.is_file() else {}
     try:
         tokenizer = Tokenizer.from_str(_read_utf8(path))
     except Exception as error:  # the library raises nothing narrower
@@ -276,7 +279,7 @@ def _read_text(folder: Path, config: ModelConfig) -> TextAssets | None:
     bos = _special_token(settings, "bos_token", config.bos_token_id, tokenizer, settings_path)
     eos = _special_token(settings, "eos_token", eos_id, tokenizer, settings_path)
     starts_with_bos = bos is not None and tokenizer.encode("").ids[:1] == [tokenizer.token_to_id(bos)]
-    add_bos = _field(settings, "add_bos_token", _FLAG, starts_with_bos, settings_path)
+    add_bos = json_field(settings, "add_bos_token", FLAG, starts_with_bos, settings_path)
     if add_bos and (bos is None or tokenizer.token_to_id(bos) is None):
         raise EdgeError(f"{settings_path}: add_bos_token is true but bos_token {bos} is not in {path.name}")
     tokenizer_json = with_bos(tokenizer, bos if add_bos else None).to_str()
@@ -305,7 +308,7 @@ def _special_token(
         token = token.get("content")
     if token is None:
         return None if token_id is None else tokenizer.id_to_token(token_id)
-    return str(_field({key: token}, key, _STRING, None, source))
+    return str(json_field({key: token}, key, STRING, None, source))
 
 
 def _token_ids(values: dict[str, Any], source: Path) -> tuple[int, ...]:
@@ -322,7 +325,7 @@ def _is_a(value: Any, types: tuple[type, ...]) -> bool:
     return isinstance(value, types) and not (isinstance(value, int) and value.bit_length() > 63)
 
 
-def _field(values: dict[str, Any], key: str, kind: tuple[tuple[type, ...], str], default: Any, source: Path) -> Any:
+def json_field(values: dict[str, Any], key: str, kind: tuple[tuple[type, ...], str], default: Any, source: Path) -> Any:
     """`values[key]` if of the right kind, `default` if absent or null; EdgeError otherwise."""
     types, wanted = kind
     value = default if values.get(key) is None else values[key]
@@ -339,5 +342,6 @@ def _read_utf8(path: Path) -> str:
         raise EdgeError(f"{path} is damaged: it is not UTF-8 text ({error})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     return parse_json_object(path.read_bytes(), path)

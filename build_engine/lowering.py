@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from build_engine.weight_rows import (
     float_rows,
     half_scales,
     pack_bits,
+    projections,
     row_chunks,
     stacked_shape,
     takes_over,
@@ -46,9 +48,13 @@ def lower(
     weights: WeightFormat,
     file: WeightsFile,
     progress: Progress = lambda done, total, name: None,
+    stored: Iterable[onnx.TensorProto] = (),
 ) -> onnx.ModelProto:
-    """Replace every `edge.Linear` and fill every empty initializer, streaming the weights into `file`."""
-    lowering = _Lowering(checkpoint, target, weights, file)
+    """Replace every `edge.Linear` and fill every empty initializer, streaming the weights into `file`.
+
+    stored: tensors that the file has already, under the names that they would get here.
+    """
+    lowering = _Lowering(checkpoint, target, weights, file, {tensor.name: tensor for tensor in stored})
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     pending = [t for t in graph.graph.initializer if t.data_location == TensorProto.EXTERNAL]
@@ -128,20 +134,24 @@ class _Lowering:
     target: Target
     weights: WeightFormat
     file: WeightsFile
+    stored: Mapping[str, onnx.TensorProto]
 
     def __post_init__(self) -> None:
         self.initializers: list[onnx.TensorProto] = []
-        self._stored: dict[str, int] = {}  # plain weights in the file: name -> element type
+        self._plain_types: dict[str, int] = {}  # plain weights of this graph: name -> element type
 
     def plain_weight(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
         """A norm (activation type) or the embedding, which keeps 16 bits where the checkpoint or format has them."""
+        if (stored := self.stored.get(tensor.name)) is not None:
+            self._plain_types[tensor.name] = stored.data_type
+            return stored
         source = self.checkpoint.tensors[tensor.name]
         element_type = tensor.data_type
         if len(source.shape) == 2:
             element_type = helper.np_dtype_to_tensor_dtype(table_type(source, self.target, self.weights))
         dtype = helper.tensor_dtype_to_np_dtype(element_type)
         chunks = (convert(source.name, rows, dtype) for rows in row_chunks(source))
-        self._stored[tensor.name] = element_type
+        self._plain_types[tensor.name] = element_type
         return self.file.add(tensor.name, element_type, list(source.shape), chunks)
 
     def store_int8_rows(self, tensor: onnx.TensorProto) -> None:
@@ -199,7 +209,10 @@ class _Lowering:
         x, y = node.input[0], node.output[0]
         activation = self.target.types.activation
         name = sources[0].name if len(sources) == 1 else f"{node.name}.weight"
-        if name not in self._stored:
+        if name not in self._plain_types and (stored := self.stored.get(name)) is not None:
+            self.initializers.append(stored)
+            self._plain_types[name] = stored.data_type
+        if name not in self._plain_types:
             dtypes = {source.dtype for source in sources}
             dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
             if self.target.tensorrt or self.weights.kind == "fp16":
@@ -208,9 +221,9 @@ class _Lowering:
             shape = list(stacked_shape(sources))
             chunks = (convert(s.name, rows, dtype) for s in sources for rows in row_chunks(s))
             self.initializers.append(self.file.add(name, element_type, shape, chunks))
-            self._stored[name] = element_type
+            self._plain_types[name] = element_type
         nodes = []
-        if self._stored[name] != activation:
+        if self._plain_types[name] != activation:
             nodes.append(helper.make_node("Cast", [name], [f"{node.name}.cast"], f"{node.name}.cast", to=activation))
             name = f"{node.name}.cast"
         return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
@@ -302,7 +315,8 @@ class _Lowering:
         return [edge_node(op_type, node.name, inputs, outputs, bits=bits, group=group, n=n, k=k)]
 
     def _store(self, name: str, element_type: int, shape: list[int], chunks: Iterable[np.ndarray]) -> str:
-        self.initializers.append(self.file.add(name, element_type, shape, chunks))
+        stored = self.stored.get(name)
+        self.initializers.append(self.file.add(name, element_type, shape, chunks) if stored is None else stored)
         return name
 
     def _dequantize_linear(self, node: onnx.NodeProto, sources: list[LazyTensor], group: int) -> list[onnx.NodeProto]:
@@ -329,6 +343,19 @@ class _Lowering:
             helper.make_node("Transpose", [dense], [transposed], transposed, perm=[1, 0]),
             helper.make_node("MatMul", [node.input[0], transposed], list(node.output), node.name),
         ]
+
+
+def describe_weights(weights: WeightFormat, checkpoint: Checkpoint, model: onnx.ModelProto) -> str:
+    """The format, and the bits that a projection's weight takes with its scales beside those of its code alone."""
+    if not weights.is_low_bit:
+        return weights.describe()
+    count = sum(math.prod(tensor.shape) for tensor in projections(checkpoint))
+    size = 0
+    for tensor in model.graph.initializer:
+        # Codes and scales are named after their nodes, embedding and norms as in the checkpoint.
+        if tensor.name.startswith("layers.") and tensor.name not in checkpoint.tensors:
+            size += next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+    return f"{weights.describe()}, {8 * size / count:.2f} bits a weight (ideal {weights.bits})"
 
 
 def _require_ternary(sources: list[LazyTensor], group: int) -> None:

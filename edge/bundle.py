@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge.config import ModelConfig
+from edge.config import DraftConfig, ModelConfig
 from edge.errors import EdgeError, UsageError
 from edge.kv_cache import KV_BYTES
 from plugins.launch import module_file
@@ -22,6 +22,8 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.weights"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+DRAFT_GRAPH = "draft.onnx"
+DRAFT_VOCAB = "draft_vocab.npy"  # int32 [V']: the tokens of a draft model with a head of its own
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class FileEntry:
 
     sha256: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class DraftSection:
+    """A bundle's draft model. weights and types: as in the manifest. tree: depth, top_k and size of its trees of
+    guesses where the user does not say (spec: quantization_and_speculation.md 4.7).
+    """
+
+    name: str
+    model: DraftConfig
+    weights: dict[str, Any]
+    types: dict[str, str]
+    tree: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Manifest:
     files: dict[str, FileEntry]
     tools: dict[str, str]
     schema_version: int = SCHEMA_VERSION
+    draft: DraftSection | None = None
 
     @property
     def key(self) -> str:
@@ -55,8 +71,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values without the key."""
-        return asdict(self)
+        """Plain JSON values without the key; no draft is none, so that such bundles are what they always were."""
+        values = asdict(self)
+        if self.draft is None:
+            del values["draft"]
+        return values
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -69,6 +88,9 @@ class Manifest:
         key = values.pop("key")
         values["model"] = ModelConfig.from_dict(values["model"])
         values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+        if "draft" in values:
+            section = values["draft"]
+            values["draft"] = DraftSection(**{**section, "model": DraftConfig.from_dict(section["model"])})
         manifest = Manifest(**values)
         if manifest.key != key:
             raise ValueError("its key does not match its contents")
@@ -88,9 +110,19 @@ class Manifest:
             "generation": isinstance(self.generation, dict),
             "files": {GRAPH, WEIGHTS} <= self.files.keys() and all(Path(name).name == name for name in self.files),
             "tools": isinstance(self.tools, dict),
+            "draft": self.draft is None or self._has_draft(self.draft),
         }
         if wrong := [name for name, fine in sound.items() if not fine]:
             raise ValueError(f"unusable {wrong[0]}")
+
+    def _has_draft(self, draft: DraftSection) -> bool:
+        files = {DRAFT_GRAPH} if draft.model.vocab_size is None else {DRAFT_GRAPH, DRAFT_VOCAB}
+        return (
+            files <= self.files.keys()
+            and draft.types["kv"] in KV_BYTES
+            and all(isinstance(draft.weights[k], str) for k in ("kind", "description"))
+            and all(type(draft.tree[k]) is int and draft.tree[k] > 0 for k in ("depth", "top_k", "size"))
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from edge.errors import UsageError
 
-_NUMBERS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool}
+_NUMBERS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "int | None": (int, type(None))}
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,56 @@ class ModelConfig:
             )
         if values.get("sparse"):
             values["sparse"] = SparseConfig(**values["sparse"])
-        config = ModelConfig(**values)
-        for field in fields(config):
-            if field.type in _NUMBERS and not isinstance(value := getattr(config, field.name), _NUMBERS[field.type]):
-                raise TypeError(f"{field.name} is {value!r}")
+        config: ModelConfig = _require_numbers(ModelConfig(**values))
         return config
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """An EAGLE draft: one layer that guesses what its base says next (spec: quantization_and_speculation.md 4.1).
+
+    All that is not named here is the base's: hidden size, head_dim, RoPE, embedding, head. vocab_size: rows of the head
+    that it has, None for all. window: blocks of 64 tokens, a row's own among them, that its attention sees.
+    logit_scale: factor on its hidden state before the head. A checkpoint may lack the norms of the two inputs, and the
+    one before attention.
+    """
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    residual_scale: float
+    logit_scale: float
+    vocab_size: int | None = None
+    window: int = 16
+    has_input_norms: bool = True
+    has_attention_norm: bool = True
+
+    def layer_config(self, base: ModelConfig) -> ModelConfig:
+        """The draft as a dense model of one layer, for all that depends on shapes alone."""
+        return replace(
+            base,
+            num_hidden_layers=1,
+            intermediate_size=self.intermediate_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            rms_norm_eps=self.rms_norm_eps,
+            vocab_size=self.vocab_size or base.vocab_size,
+            sparse=None,
+        )
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DraftConfig:
+        """Rebuild from JSON; TypeError names a number that is none."""
+        config: DraftConfig = _require_numbers(DraftConfig(**values))
+        return config
+
+
+def _require_numbers(config: Any) -> Any:
+    for field in fields(config):
+        if field.type in _NUMBERS and not isinstance(value := getattr(config, field.name), _NUMBERS[field.type]):
+            raise TypeError(f"{field.name} is {value!r}")
+    return config
 
 
 def neutral_mup(num_hidden_layers: int, hidden_size: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ SHARED = {
     "edge.kv_cache",
     "edge.machine",
     "edge.tensorrt",
+    "edge.torch_file",
 }
 MOST_LINES = 60  # of a function
 

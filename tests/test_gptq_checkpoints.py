@@ -129,7 +129,7 @@ def open_head(tensors: dict[str, np.ndarray], group: int, shape: tuple[int, int]
     found = {name: LazyTensor(name, a.shape, a.dtype, "", a.__getitem__) for name, a in tensors.items()}
     config = tiny_config(vocab_size=shape[0], hidden_size=shape[1], tie_word_embeddings=False)
     gptq = GptqFormat(group, stored_zero=7, desc_act=False, lm_head=True)
-    return open_gptq_tensors(found, gptq, config, Path("folder"))["lm_head.weight"]
+    return open_gptq_tensors(found, gptq, dict(expected_shapes(config)), Path("folder"))["lm_head.weight"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -379,7 +379,7 @@ def test_a_read_costs_what_its_rows_do(tmp_path: Path, is_marlin: bool) -> None:
     save_file({"lm_head.qweight": words, "lm_head.scales": np.ones((k // 128, n), np.float16)}, path)
     config = tiny_config(vocab_size=n, hidden_size=k, tie_word_embeddings=False)
     gptq = GptqFormat(128, stored_zero=7, desc_act=False, lm_head=True)
-    tensor = open_gptq_tensors(read_safetensors(path), gptq, config, tmp_path)["lm_head.weight"]
+    tensor = open_gptq_tensors(read_safetensors(path), gptq, dict(expected_shapes(config)), tmp_path)["lm_head.weight"]
     tensor.read(slice(0, 1))
     tracemalloc.start()
     rows = tensor.read(slice(4096, 4096 + 256))

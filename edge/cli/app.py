@@ -16,6 +16,7 @@ from edge.cli.console import err, out
 from edge.cli.doctor import doctor
 from edge.cli.eval import evaluate
 from edge.cli.export import export
+from edge.cli.freq import freq
 from edge.cli.generate import chat, run
 from edge.cli.logits import logits
 from edge.cli.plan import plan
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("freq")(freq)
 app.command("export")(export)
 app.command("build")(build)
 app.command("run")(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,12 @@ from edge.cli.console import note, print_json, progress_bar
 from edge.cli.options import Json, parse_sparse
 from edge.config import ModelConfig
 from edge.errors import UsageError
+from edge.frequencies import read_frequencies
 
 if TYPE_CHECKING:
     from build_engine.checkpoint import Checkpoint
+    from build_engine.draft_export import DraftExport
+    from build_engine.formats import WeightFormat
     from build_engine.ternary import Ternary
 
 CheckpointPath = Annotated[
@@ -81,6 +84,45 @@ KvType = Annotated[
         "float32 beside exact weights.",
     ),
 ]
+Attention = Annotated[
+    str | None, typer.Option(metavar="dense|sparse", help="Default: sparse if config.json has a sparse_config.")
+]
+Sparse = Annotated[
+    str | None, typer.Option(metavar="KEY=N,...", help="Sparse settings, named as in config.json's sparse_config.")
+]
+Rope = Annotated[
+    str | None, typer.Option(metavar="128k", help="Replace LongRoPE's factors by the published ones for 128K.")
+]
+DraftFolder = Annotated[
+    Path | None,
+    typer.Option("--draft", metavar="FOLDER", help="An EAGLE draft of this model, for speculative decoding."),
+]
+Frspec = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Give the draft a head of these tokens only: freq_*.pt, or what edge freq wrote."
+    ),
+]
+DraftWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exact|fp16|w4a16", help="Format of the draft's weights. Default: w4a16 beside int4 or ternary ones."
+    ),
+]
+DraftHead = Annotated[
+    str | None, typer.Option(metavar="exact|int8|int4", help="Format of the draft's head. Default: as --head's.")
+]
+DraftWindow = Annotated[
+    int | None, typer.Option(metavar="TOKENS", help="What the draft sees of the context; 0 for all. Default: 1024.")
+]
+DraftScale = Annotated[
+    float | None,
+    typer.Option(
+        "--draft-logit-scale",
+        help="Factor on the draft's hidden state before its head; 1 makes it as sharp as CPM.cu's. Default: the "
+        "model's own.",
+    ),
+]
 
 
 def export(
@@ -95,15 +137,15 @@ def export(
     head: Head = None,
     embedding: Embedding = "exact",
     kv: KvType = None,
-    attention: Annotated[
-        str | None, typer.Option(metavar="dense|sparse", help="Default: sparse if config.json has a sparse_config.")
-    ] = None,
-    sparse: Annotated[
-        str | None, typer.Option(metavar="KEY=N,...", help="Sparse settings, named as in config.json's sparse_config.")
-    ] = None,
-    rope: Annotated[
-        str | None, typer.Option(metavar="128k", help="Replace LongRoPE's factors by the published ones for 128K.")
-    ] = None,
+    attention: Attention = None,
+    sparse: Sparse = None,
+    rope: Rope = None,
+    draft: DraftFolder = None,
+    frspec: Frspec = None,
+    draft_weights: DraftWeights = None,
+    draft_head: DraftHead = None,
+    draft_window: DraftWindow = None,
+    draft_scale: DraftScale = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     json: Json = False,
 ) -> None:
@@ -120,6 +162,8 @@ def export(
       edge export MiniCPM4-8B --out bundle-128k --attention sparse --rope 128k
 
       edge export MiniCPM4-0.5B --out bundle-rtx --target rtx --linear packed --kv int8
+
+      edge export MiniCPM4-8B --out bundle --draft MiniCPM4-8B-Eagle-FRSpec --frspec freq_32768.npy
     """
     from build_engine.export import ExportOptions, check_place, export_bundle
     from build_engine.formats import choose_format
@@ -135,10 +179,35 @@ def export(
         raise UsageError(f"--requantize makes ternary weights, not {kind}; choose --weights ternary")
     stored_group = None if requantize is not None else group_size
     chosen = choose_format(source, target, kind, stored_group, symmetric, head, linear, embedding)
+    wishes = (draft_weights, draft_head, draft_window, draft_scale)
+    drafting = _draft(draft, frspec, source, chosen, target, wishes)
     with progress_bar("exporting", quiet=json) as progress:
-        options = ExportOptions(target, chosen, overwrite, long_context, kv)
+        options = ExportOptions(target, chosen, overwrite, long_context, kv, drafting)
         bundle = export_bundle(source, out, options, progress)
     report_bundle(bundle, ternary, as_json=json)
+
+
+def _draft(
+    folder: Path | None,
+    frspec: Path | None,
+    base: Checkpoint,
+    base_weights: WeightFormat,
+    target: str,
+    wishes: tuple[str | None, str | None, int | None, float | None],
+) -> DraftExport | None:
+    """The draft that the user wants, opened. wishes: for its weights, head, window and logit scale."""
+    from build_engine.draft_export import choose_draft
+
+    names: tuple[str, ...] = ("kind", "head", "window", "logit_scale")
+    given: dict[str, Any] = {name: wish for name, wish in zip(names, wishes, strict=True) if wish is not None}
+    if folder is None:
+        if given or frspec is not None:
+            raise UsageError("options of a draft model need one; add --draft FOLDER, or leave them out")
+        return None
+    ids = None if frspec is None else read_frequencies(frspec, base.config.vocab_size)
+    if ids is None and (lists := sorted(folder.glob("freq_*.pt"))):
+        note(f"the draft's head is the whole one; --frspec {lists[0]} would make it smaller and faster")
+    return choose_draft(folder, base, base_weights, target, ids, **given)
 
 
 def best_kind(source: Checkpoint, requantize: str | None) -> str:
@@ -182,9 +251,13 @@ def report_bundle(path: Path, ternary: Ternary | None, *, as_json: bool) -> None
     size = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
         values = {"bundle": str(path), "bytes": size, "key": manifest.key, "weights": manifest.weights}
+        if manifest.draft is not None:
+            values["draft"] = manifest.to_dict()["draft"]
         print_json(values if ternary is None else values | {"ternary": ternary.to_dict()})
         return
     if ternary is not None:
         note(ternary.describe())
     what = f"{manifest.weights['description']}, {_attention(manifest.model)}"
+    if manifest.draft is not None:
+        what += f", draft {manifest.draft.name} ({manifest.draft.weights['description']})"
     note(f"{path}: {manifest.name} for {manifest.target}, {what}, {size / 2**20:.0f} MiB")

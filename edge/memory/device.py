@@ -11,7 +11,7 @@ from edge.kv_cache import pages_for
 from edge.memory.devices import Device
 from edge.memory.ledger import HOST, Line, Subject, cache_lines
 from edge.memory.run import Run
-from edge.memory.weights import device_weight_bytes
+from edge.memory.weights import device_matrix_bytes, device_weight_bytes, draft_matrices
 from plugins.infllmv2.launch import scratch as selection_scratch
 from plugins.paged_attention.launch import AttentionShape, scratch_up_to
 from plugins.plugin import MOST_MULTIPROCESSORS
@@ -24,7 +24,7 @@ def device_ledger(subject: Subject, run: Run, device: Device) -> tuple[Line, ...
     """Every line of a run with TensorRT and our plugins; the engine's own figures replace it once there is one."""
     config = subject.config
     tables = 4 * run.sequences * pages_for(run.context)
-    inputs = 2 * (tables + _STAGED * run.sequences) + 12 * run.tokens
+    inputs = 2 * (tables + _STAGED * run.sequences) + 24 * run.tokens
     logits = 4 * run.sequences * config.vocab_size
     lines = [
         Line("weights", device_weight_bytes(config, subject.weights), "the engine's, estimated"),
@@ -41,6 +41,10 @@ def device_ledger(subject: Subject, run: Run, device: Device) -> tuple[Line, ...
         ),
         Line("cuda context", device.context, "assumed"),
     ]
+    if (draft := subject.draft) is not None:
+        table = _ELEMENT * config.vocab_size * config.hidden_size
+        size = table + device_matrix_bytes(draft_matrices(draft.layer, draft.weights))
+        lines.insert(1, Line("draft weights", size, "its engine's, with an embedding of its own, estimated"))
     if device.is_integrated:
         lines.append(Line("process", device.process, "interpreter, TensorRT and CUDA libraries, assumed"))
     return tuple(lines)

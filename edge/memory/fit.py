@@ -23,7 +23,11 @@ def make_plan(bundle: Bundle, options: EngineOptions, free: int | None = None) -
     """The plan of a run on the CPU; `fit_plan` has the rules. free: bytes that there are, of this machine if None."""
     from plugins.ort.library import multiplies_packed
 
-    subject, limit, sparse = subject_of(bundle), bundle.manifest.limits["max_context"], resolve_sparse(bundle, options)
+    subject, limit, sparse = (
+        subject_of(bundle, options),
+        bundle.manifest.limits["max_context"],
+        resolve_sparse(bundle, options),
+    )
     subject = replace(subject, config=replace(subject.config, sparse=sparse))
     run = Run(
         options.context or limit,

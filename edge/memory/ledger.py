@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge.config import ModelConfig
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.attention import attention_bytes
 from edge.memory.run import Run
-from edge.memory.step import step_bytes
-from edge.memory.weights import StoredWeights, cpu_weight_bytes
+from edge.memory.step import draft_step_bytes, step_bytes
+from edge.memory.weights import StoredWeights, WeightBytes, cpu_matrix_bytes, cpu_weight_bytes, draft_matrices
 from plugins import PAGE_TOKENS
 
 # The interpreter with numpy, ONNX Runtime and a tokenizer, and its session's own structures; stated, not allocated.
@@ -18,6 +18,7 @@ PROCESS_BYTES = 160 << 20
 # For what the formulas miss, in percent of packed weights and activations, and the alignment of small tensors.
 HEADROOM_PERCENT, HEADROOM_BYTES = 5, 1 << 20
 MEMORY, DISK, HOST = "memory", "disk", "host"
+DRAFT_TOKENS = 256  # of a draft's step, at most (edge/speculation/eagle.py: CHUNK)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,31 @@ class Line:
 
 
 @dataclass(frozen=True)
+class DraftSubject:
+    """A draft model as one of a single layer, how its weights are stored, and its types.
+
+    reach: tokens that its window sees, whose hidden states may wait for it. rows: results that a step of it may give.
+    """
+
+    layer: ModelConfig
+    weights: StoredWeights
+    types: Mapping[str, str]
+    reach: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What runs: the model, how its weights are stored, and the types of activations and cache ('activation', 'kv')."""
+    """What runs: the model, how its weights are stored, and the types of activations and cache ('activation', 'kv').
+
+    draft: the draft model that runs beside it. gives_hidden: whether the model gives the hidden states of all rows.
+    """
 
     config: ModelConfig
     weights: StoredWeights
     types: Mapping[str, str]
+    draft: DraftSubject | None = None
+    gives_hidden: bool = False
 
     @property
     def kv(self) -> str:
@@ -79,25 +99,63 @@ def cache_lines(subject: Subject, run: Run, elsewhere: str = DISK) -> list[Line]
             lines.append(Line("scales", (run.pages - resident) * scales, "of the pages on disk"))
             values -= scales
         lines.append(Line("offloaded kv", run.pages * values, f"{run.pages} pages", elsewhere))
+    if (draft := subject.draft) is not None:
+        values, _ = page_bytes(draft.layer, draft.types)
+        lines.append(Line("draft kv", run.pages * values, f"{run.pages} pages of its layer, {draft.types['kv']}"))
     return lines
+
+
+def _draft_lines(draft: DraftSubject) -> list[Line]:
+    """What a draft takes beside its cache."""
+    layer = draft.layer
+    weights = cpu_matrix_bytes(draft_matrices(layer, draft.weights)).packed
+    step = draft_step_bytes(layer, draft.weights, DRAFT_TOKENS, draft.rows)
+    results = 2 * 4 * draft.rows * (layer.vocab_size + layer.hidden_size)
+    return [
+        Line("draft weights", weights, "packed for the kernels"),
+        Line("draft activations", step, f"steps of {DRAFT_TOKENS} tokens"),
+        Line("draft logits", results, f"{draft.rows} rows with their hidden states, and a copy"),
+        Line("draft headroom", headroom(weights) + headroom(step), "for what the formulas miss"),
+    ]
+
+
+def _draft_attention_bytes(subject: Subject, draft: DraftSubject, run: Run) -> int:
+    """Its session has threads of its own, which keep tiles; the calling thread has one for each type of cache."""
+    run = replace(run, chunk=min(run.chunk, DRAFT_TOKENS), resident=None)
+    threads = run.threads if draft.types["kv"] != subject.kv else run.threads - 1
+    lists, all_of_it = (attention_bytes(draft.layer, draft.types["kv"], replace(run, threads=n)) for n in (0, threads))
+    return all_of_it - lists
 
 
 def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
     """Every line of a run on ONNX Runtime's CPU provider."""
     config = subject.config
     weights = cpu_weight_bytes(config, subject.weights)
-    step = step_bytes(config, subject.weights, run.tokens, run.rows)
+    step = step_bytes(config, subject.weights, run.tokens, run.rows, gives_hidden=subject.gives_hidden)
+    attention = attention_bytes(config, subject.kv, run)
+    draft = subject.draft
+    if draft is not None:
+        its_weights = cpu_matrix_bytes(draft_matrices(draft.layer, draft.weights))
+        weights = WeightBytes(
+            weights.packed, weights.mapped + its_weights.mapped, max(weights.loading, its_weights.loading)
+        )
+        attention += _draft_attention_bytes(subject, draft, run)
     working = [
         *cache_lines(subject, run),
         Line("activations", step, f"steps of {run.tokens} tokens"),
-        Line("attention", attention_bytes(config, subject.kv, run), f"{run.threads} threads"),
+        Line("attention", attention, f"{run.threads} threads"),
         Line("logits", 2 * 4 * run.rows * config.vocab_size, f"{run.rows} rows, and a copy"),
         Line("headroom", headroom(weights.packed) + headroom(step), "for what the formulas miss"),
     ]
+    if subject.gives_hidden:
+        waiting = 0 if draft is None else min(draft.reach, run.context)
+        size = 4 * config.hidden_size * (run.tokens + waiting)
+        working.append(Line("hidden states", size, f"{run.tokens} rows of a step, {waiting} that wait"))
     lines = [
         Line("weights", weights.packed, "packed for the kernels"),
         Line("weights, mapped", weights.mapped, "embedding and scales, read from the bundle"),
         *working,
+        *([] if draft is None else _draft_lines(draft)),
         Line("process", PROCESS_BYTES, "interpreter and libraries"),
     ]
     if (loading := weights.loading - total(working)) > 0:

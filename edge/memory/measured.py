@@ -11,7 +11,8 @@ import numpy as np
 
 from edge.memory.ledger import MEMORY, Line
 
-_REGIONS = ("weights", "activations")  # what they have more than their lines say is the headroom's
+# What regions have more than their lines say is the headroom's.
+_REGIONS = {"headroom": ("weights", "activations"), "draft headroom": ("draft weights", "draft activations")}
 _PAGE_PRESENT = np.uint64(1 << 63)  # Linux, Documentation/admin-guide/mm/pagemap.rst
 
 
@@ -39,26 +40,32 @@ def totals(rows: Sequence[Compared]) -> Compared:
 def compare(lines: Iterable[Line], measured: Mapping[str, int]) -> tuple[Compared, ...]:
     """Every line of a plan beside what an executor's `memory` says, in the plan's order."""
     planned = {line.name: line for line in lines}
-    beyond = [max(0, measured[name] - planned[name].bytes) for name in _REGIONS if name in measured and name in planned]
     measured = dict(measured)
-    if "headroom" in planned and beyond:
-        measured["headroom"] = sum(beyond)
-        measured |= {name: min(measured[name], planned[name].bytes) for name in _REGIONS}
+    for headroom, regions in _REGIONS.items():
+        there = [name for name in regions if name in measured and name in planned]
+        if headroom in planned and there:
+            measured[headroom] = sum(max(0, measured[name] - planned[name].bytes) for name in there)
+            measured |= {name: min(measured[name], planned[name].bytes) for name in there}
     return tuple(Compared(name, line.bytes, measured.get(name), line.where) for name, line in planned.items())
 
 
 def mapped_bytes(path: Path) -> int | None:
-    """Bytes of address space that are mappings of a file; None if the system does not tell."""
+    """Bytes of a file that are mapped, once or more often; None if the system does not tell."""
     try:
         inode, maps = path.stat().st_ino, Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    total = 0
+    parts = []
     for line in maps.splitlines():  # from-to permissions offset device inode path
         columns = line.split(maxsplit=5)
         if int(columns[4]) == inode and len(columns) == 6:
             first, _, last = columns[0].partition("-")
-            total += int(last, 16) - int(first, 16)
+            start = int(columns[2], 16)
+            parts.append((start, start + int(last, 16) - int(first, 16)))
+    total = end = 0
+    for start, stop in sorted(parts):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
     return total
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from edge.config import ModelConfig
-from edge.memory.weights import TABLE_BYTES, Matrix, StoredWeights, matrices
+from edge.memory.weights import TABLE_BYTES, Matrix, StoredWeights, draft_matrices, matrices
 
 _ALIGNMENT = 64
 
@@ -63,10 +63,24 @@ class _Node:
     renames: dict[str, str] = field(default_factory=dict)
 
 
-def step_bytes(config: ModelConfig, weights: StoredWeights, tokens: int, rows: int) -> int:
-    """The region that a step of `tokens` new tokens and `rows` rows of logits needs, float32 throughout."""
+def step_bytes(
+    config: ModelConfig, weights: StoredWeights, tokens: int, rows: int, *, gives_hidden: bool = False
+) -> int:
+    """The region that a step of `tokens` new tokens and `rows` rows of logits needs, float32 throughout.
+
+    gives_hidden: whether the final norm's output of all rows is wanted, too.
+    """
+    return _peak(_schedule(config, weights, tokens, min(rows, tokens), gives_hidden))
+
+
+def draft_step_bytes(layer: ModelConfig, weights: StoredWeights, tokens: int, rows: int) -> int:
+    """The same of a draft model's step, whose results have buffers of their own."""
+    return _peak(_draft_schedule(layer, weights, tokens, min(rows, tokens)))
+
+
+def _peak(schedule: Iterator[_Node]) -> int:
     region = Region()
-    for node in _schedule(config, weights, tokens, min(rows, tokens)):
+    for node in schedule:
         for name, size in node.makes.items():
             region.take(name, size)
         if node.workspace:
@@ -79,7 +93,7 @@ def step_bytes(config: ModelConfig, weights: StoredWeights, tokens: int, rows: i
     return region.peak
 
 
-def _schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int) -> Iterator[_Node]:
+def _schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int, gives_hidden: bool) -> Iterator[_Node]:
     qkv, out, gate_up, down, head = matrices(c, weights)
     hidden = 4 * tokens * c.hidden_size
     table = 4 * tokens * c.head_dim // 2
@@ -89,7 +103,7 @@ def _schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int) ->
     for layer in range(min(c.num_hidden_layers, 3)):  # the third takes its blocks where the second did
         yield from _linear("qkv", "normed", qkv, tokens)
         yield _Node({"attended": 4 * tokens * out.columns}, frees=("qkv",))
-        if layer == min(c.num_hidden_layers, 3) - 1:
+        if layer == min(c.num_hidden_layers, 3) - 1 and not gives_hidden:
             tokens = rows
             yield _cut("attended", 4 * rows * out.columns)
             yield _cut("hidden", 4 * rows * c.hidden_size)
@@ -99,8 +113,33 @@ def _schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int) ->
         yield _Node({"gated": 4 * tokens * c.intermediate_size}, frees=("gate_up",))
         yield from _linear("branch", "gated", down, tokens)
         yield from _add_norm(c, tokens)
-    yield _Node({"scaled": 4 * tokens * c.hidden_size}, frees=("hidden", "normed"))
+    if gives_hidden:
+        yield _cut("normed", 4 * rows * c.hidden_size)
+    yield _Node({"scaled": 4 * rows * c.hidden_size}, frees=("hidden", "normed"))
     yield _Node({}, workspace=_workspace(head, rows), frees=("scaled",))  # the logits have a buffer of their own
+
+
+def _draft_schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int) -> Iterator[_Node]:
+    fc, qkv, out, gate_up, down, head = draft_matrices(c, weights)
+    hidden, table = 4 * tokens * c.hidden_size, 4 * tokens * c.head_dim // 2
+    yield _Node({"cos": table, "sin": table, "angle": table}, frees=("angle",))
+    yield from _embed(c, weights, tokens)
+    yield _Node({"token": hidden}, frees=("hidden",))
+    yield _Node({"base": hidden})
+    yield _Node({"both": 2 * hidden}, frees=("token", "base"))
+    yield from _linear("hidden", "both", fc, tokens)
+    yield _Node({"normed": hidden})
+    yield from _linear("qkv", "normed", qkv, tokens)
+    yield _Node({"attended": 4 * tokens * out.columns}, frees=("qkv",))
+    yield _cut("attended", 4 * rows * out.columns)
+    yield _cut("hidden", 4 * rows * c.hidden_size)
+    yield from _linear("branch", "attended", out, rows)
+    yield from _add_norm(c, rows)
+    yield from _linear("gate_up", "normed", gate_up, rows)
+    yield _Node({"gated": 4 * rows * c.intermediate_size}, frees=("gate_up",))
+    yield from _linear("branch", "gated", down, rows)
+    yield _Node({"scaled": 4 * rows * c.hidden_size}, frees=("hidden", "branch"))
+    yield _Node({}, workspace=_workspace(head, rows), frees=("scaled",))
 
 
 def _embed(c: ModelConfig, weights: StoredWeights, tokens: int) -> Iterator[_Node]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge.config import ModelConfig
@@ -94,15 +94,26 @@ def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
     yield Matrix(c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size)
 
 
-def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes:
-    """What ONNX Runtime's CPU provider holds.
+def draft_matrices(layer: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
+    """What a step of a draft model multiplies with: fc, which joins its inputs, and those of its layer and head."""
+    size = layer.hidden_size
+    yield Matrix(size, 2 * size, weights.kind, weights.group_size, not weights.is_asymmetric)
+    yield from matrices(layer, weights)
 
-    MatMulNBits packs codes, float32 scales and float32 sums of blocks, beside the scales in the file; other matrices
-    become float32, each folded once before it is packed. Rows of the embedding are read from the file.
+
+def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes:
+    """What ONNX Runtime's CPU provider holds of a model. Rows of the embedding are read from the file."""
+    held = cpu_matrix_bytes(matrices(config, weights))
+    table = config.vocab_size * config.hidden_size * TABLE_BYTES[weights.embedding]
+    return replace(held, mapped=held.mapped + table)
+
+
+def cpu_matrix_bytes(multiplied: Iterable[Matrix]) -> WeightBytes:
+    """MatMulNBits packs codes, float32 scales and float32 sums of blocks, beside the scales in the file; other matrices
+    become float32, each folded once before it is packed.
     """
-    packed = loading = 0
-    mapped = config.vocab_size * config.hidden_size * TABLE_BYTES[weights.embedding]
-    for m in matrices(config, weights):
+    packed = mapped = loading = 0
+    for m in multiplied:
         if m.has_codes:
             sums = -(-m.rows // _SUM_ROWS) * _SUM_ROWS * (m.blocks // m.rows)
             packed += m.count * (m.values * BITS[m.stored] // 8 + 4 * m.blocks + 4 * sums)
@@ -119,8 +130,14 @@ def device_weight_bytes(config: ModelConfig, weights: StoredWeights) -> int:
     An exact head that is the embedding's own table is held once.
     """
     is_shared = config.tie_word_embeddings and BITS[weights.stored_head] == 16
-    total = 0 if is_shared else config.vocab_size * config.hidden_size * 2
-    for m in matrices(config, weights):
+    table = 0 if is_shared else config.vocab_size * config.hidden_size * 2
+    return table + device_matrix_bytes(matrices(config, weights))
+
+
+def device_matrix_bytes(multiplied: Iterable[Matrix]) -> int:
+    """Codes with their scales, or float16 values."""
+    total = 0
+    for m in multiplied:
         scales = 2 * m.rows * (m.columns // m.group if m.group else 1) if m.has_codes else 0
         total += m.count * (m.values * BITS[m.stored] // 8 + scales)
     return total
