@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from edge.bundle import Bundle, open_bundle
+from edge.drafters import check_speculative, make_speculation
 from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
 from edge.executor import DecodingExecutor, Executor
@@ -24,79 +25,36 @@ from edge.reuse import Modes, common_prefix, record
 from edge.sampler import Sampler, SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
+from edge.session import Progress, Session, TokenEvent
 from edge.session_file import CacheIdentity, restore_sequence, save_sequence
+from edge.speculation.accept import Accepted, accept
+from edge.speculation.speculator import Limits, Speculation, Speculator
+from edge.speculation.tree import MOST_TREE_ROWS, TokenTree
 from plugins import PAGE_TOKENS
 
-Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One generated token. finish_reason: None while there is more, 'stop' (end token) or 'length'."""
-
-    token_id: int
-    finish_reason: str | None
-
-
-class Session:
-    """One conversation: a sequence whose cache outlives a reply, so the next turn computes only what is new.
-
-    `notes`: JSON values of the application that are saved and restored with the session.
-    """
-
-    def __init__(self, engine: Engine, sequence: ScheduledSequence | None = None) -> None:
-        self.notes: dict[str, Any] = {}
-        self._engine = engine
-        self._sequence = sequence or ScheduledSequence(engine.cache.open())
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        progress: Progress | None = None,
-    ) -> Generator[TokenEvent, None, None]:
-        """Tokens after `prompt_ids` (the whole conversation so far). What is cached of it is not computed again.
-
-        `progress(done, total)` counts prompt tokens during the prefill. A new call ends an earlier reply.
-        """
-        self._engine.check_prompt(prompt_ids)
-        sequence = self._sequence
-        self._engine.reuse(sequence, prompt_ids)
-        tokens = sequence.tokens
-        limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
-        end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
-        for index, token in enumerate(self._engine.tokens(sequence, params, limit, progress)):
-            tokens.append(token)
-            reason = "length" if index + 1 == limit else None
-            if token in end_tokens:
-                reason = "stop"
-            yield TokenEvent(token, reason)
-            if reason is not None:
-                return
-            if sequence.tokens is not tokens:
-                raise RuntimeError("this reply was ended by a later one of the same session")
-
-    def save(self, path: Path) -> None:
-        """Write the conversation with its cache to a file, for `Engine.restore_session`."""
-        self._engine.save_sequence(self._sequence, path, self.notes)
-
-    def close(self) -> None:
-        """Give the pages back."""
-        self._engine.cache.close(self._sequence.cache_id)
+Choose = Callable[[np.ndarray, list[int]], int]  # (logits [vocab], the tokens before) -> the next token
 
 
 class Engine:
     """An executor with its cache and scheduler, inside one memory plan."""
 
     def __init__(
-        self, bundle: Bundle, executor: Executor, plan: Plan, chunk: int, *, prefix_cache: bool = True
+        self,
+        bundle: Bundle,
+        executor: Executor,
+        plan: Plan,
+        chunk: int,
+        *,
+        prefix_cache: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.bundle = bundle
         self.plan = plan
-        self.cache = KVCache(plan.num_pages, executor.copy_pages)
+        self.cache = KVCache(plan.num_pages, self._copy_pages)
         self.prefix_cache = prefix_cache
         self._modes = Modes(bundle.config, plan.sparse)
         self._executor = executor
+        self._speculation = speculation
         self._scheduler = Scheduler(self.cache, chunk, plan.run.rows)
 
     @property
@@ -188,10 +146,23 @@ class Engine:
     def _cache_identity(self) -> CacheIdentity:
         return CacheIdentity.of(self.bundle.manifest.key, self._executor, self.plan.sparse)
 
-    def advance(self, sequence: ScheduledSequence, progress: Progress | None = None) -> np.ndarray:
+    def _copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._executor.copy_pages(pairs)
+        if self._speculation is not None and self._speculation.draft is not None:
+            self._speculation.draft.copy_pages(pairs)
+
+    def begin_speculation(self) -> Speculator | None:
+        """For one reply; None if the engine does not speculate."""
+        return None if self._speculation is None else self._speculation.begin()
+
+    def advance(
+        self, sequence: ScheduledSequence, progress: Progress | None = None, speculator: Speculator | None = None
+    ) -> np.ndarray:
         """Run steps until every known token of the sequence is computed -> logits [vocab] after the last."""
         while step := self._scheduler.next_step([sequence]):
             result = self._executor.step(step.batch)
+            if speculator is not None:
+                speculator.follow(sequence.computed, result.hidden)
             self._count(sequence, step.counts[0], int(step.batch.switch_length[0]))
             if progress is not None:
                 progress(sequence.computed, sequence.prompt_length)
@@ -200,15 +171,105 @@ class Engine:
         raise AssertionError("advance() needs a sequence with pending tokens")
 
     def tokens(
-        self, sequence: ScheduledSequence, params: SamplingParams, limit: int, progress: Progress | None = None
+        self,
+        sequence: ScheduledSequence,
+        params: SamplingParams,
+        limit: int,
+        progress: Progress | None = None,
+        speculator: Speculator | None = None,
     ) -> Generator[int, None, None]:
         """Draw up to `limit` tokens after those of the sequence; the caller appends each before it takes the next."""
+        if speculator is not None:
+            yield from self._speculated_tokens(sequence, self._choice(sequence, params), limit, progress, speculator)
+            return
         if isinstance(self._executor, DecodingExecutor):
             yield from self._device_tokens(self._executor, sequence, params, limit, progress)
             return
         sampler = Sampler(params, sequence.tokens)
         for index in range(limit):
             yield sampler.sample(self.advance(sequence, progress if index == 0 else None))
+
+    def _choice(self, sequence: ScheduledSequence, params: SamplingParams) -> Choose:
+        """How the executor's own decoding draws a token."""
+        if isinstance(self._executor, DecodingExecutor):
+            return DeviceDraw(params, self.vocab_size).first
+        sampler = Sampler(params, sequence.tokens)
+        return lambda logits, _: sampler.sample(logits)
+
+    def _speculated_tokens(
+        self,
+        sequence: ScheduledSequence,
+        choose: Choose,
+        limit: int,
+        progress: Progress | None,
+        speculator: Speculator,
+    ) -> Generator[int, None, None]:
+        """Tokens of verified trees. Those that the caller did not take are forgotten, though they were computed."""
+        yield choose(self.advance(sequence, progress, speculator), sequence.tokens)
+        left = limit - 1
+        while left:
+            accepted = self._verify(sequence, choose, left, speculator)
+            for token in accepted.tokens[:-1]:
+                yield token
+                self._count(sequence, 1, max(sequence.prompt_length, sequence.computed + 1))
+            yield accepted.tokens[-1]
+            left -= len(accepted.tokens)
+
+    def _verify(self, sequence: ScheduledSequence, choose: Choose, left: int, speculator: Speculator) -> Accepted:
+        """One step of the last token and of what is proposed to follow it."""
+        first, length = sequence.computed, max(sequence.prompt_length, sequence.computed + 1)
+        sequence.tree = self._propose(sequence, length, left, speculator)
+        started = perf_counter()
+        step = self._scheduler.next_step([sequence])
+        assert step is not None
+        tree, sequence.tree = sequence.tree or TokenTree.chain(sequence.tokens[-1:]), None
+        result = self._executor.step(step.batch)
+        known = list(sequence.tokens)
+
+        def draw(node: int) -> int:
+            known.append(choose(result.logits[node], known))
+            return known[-1]
+
+        accepted = accept(tree, draw, limit=left)
+        if accepted.path:
+            self._executor.keep_tokens(
+                self.cache.pages(sequence.cache_id), first + 1, [first + node for node in accepted.path]
+            )
+        speculator.observe(tree, accepted, perf_counter() - started)
+        if result.hidden is not None:
+            speculator.follow(first, result.hidden[[0, *accepted.path]])
+        self._count(sequence, 1, length)
+        return accepted
+
+    def _propose(self, sequence: ScheduledSequence, length: int, left: int, speculator: Speculator) -> TokenTree | None:
+        limits = self._limits(sequence, length, left)
+        if limits.depth < 1:
+            return None
+        assert self._speculation is not None
+        room = sequence.computed + 1 + max(limits.rows, self._speculation.slots)
+        try:
+            self.cache.reserve(sequence.cache_id, min(room, self.max_context), sequence.computed)
+        except NoPagesError:
+            return None
+        return speculator.propose(sequence.tokens, self.cache.pages(sequence.cache_id), length, limits)
+
+    def _limits(self, sequence: ScheduledSequence, length: int, left: int) -> Limits:
+        """The largest tree whose nodes are computed exactly as they would be one after the other.
+
+        That asks for one mode. In sparse attention no node may be the last token of a page either: what comes after it
+        chooses blocks by a window that ends there, and nodes of a tree are in no window.
+        """
+        first, mode = sequence.computed, self._modes.of(length)
+        room = self.max_context - 1 - first
+        rows = min(self.plan.run.rows - 1, room, MOST_TREE_ROWS)
+        depth = min(left - 1, rows)
+        if mode.is_sparse and self.plan.sparse is not None:
+            # Without local blocks the last scores come from the fine windows of a token's own page.
+            stride = PAGE_TOKENS if self.plan.sparse.local_blocks else self.plan.sparse.kernel_stride
+            depth = min(depth, (stride - 2 - first) % stride)
+        while depth and self._modes.of(max(sequence.prompt_length, first + 1 + depth)) != mode:
+            depth -= 1
+        return Limits(rows, depth)
 
     def _device_tokens(
         self,
@@ -269,7 +330,13 @@ class Engine:
 
     def ledger(self) -> tuple[Compared, ...]:
         """The plan's lines beside what the run has taken so far."""
-        return compare(self.plan.lines, self._executor.memory())
+        measured = dict(self._executor.memory())
+        if self._speculation is not None and self._speculation.draft is not None:
+            of_draft = self._speculation.draft.memory()
+            measured |= of_draft
+            if "process" in measured:  # of which the executor knows no draft
+                measured["process"] = max(0, measured["process"] - sum(of_draft.values()))
+        return compare(self.plan.lines, measured)
 
     def describe(self) -> dict[str, str]:
         """Facts for reports: model, weights, executor, threads, KV type, attention, bundle key."""
@@ -280,6 +347,7 @@ class Engine:
             "target": manifest.target,
             **self._executor.describe(),
             "attention": self._attention(),
+            **({} if self._speculation is None else {"speculation": self._speculation.describe()}),
             "bundle": manifest.key[:12],
         }
 
@@ -287,6 +355,7 @@ class Engine:
 def open_engine(path: Path, options: EngineOptions) -> Engine:
     """Open a bundle, plan its memory and load its executor. A device needs the libraries of its own executor only."""
     bundle = open_bundle(path)
+    check_speculative(bundle, options.speculative)
     if bundle.manifest.target == "onnxruntime":
         from edge.executors.onnxruntime import OnnxRuntimeExecutor, Reserved
         from edge.offload import Offload
@@ -298,11 +367,13 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
         if options.offload is not None and plan.resident_pages is not None:
             offload = Offload(options.offload, plan.resident_pages)
         host = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved, offload)
-        return Engine(bundle, host, plan, options.chunk, prefix_cache=options.prefix_cache)
+        speculation = make_speculation(bundle, options, plan)
+        return Engine(bundle, host, plan, options.chunk, prefix_cache=options.prefix_cache, speculation=speculation)
     from edge.executors.tensorrt_open import open_tensorrt
 
     executor, plan, chunk = open_tensorrt(bundle, options)
-    return Engine(bundle, executor, plan, chunk, prefix_cache=options.prefix_cache)
+    speculation = make_speculation(bundle, options, plan)
+    return Engine(bundle, executor, plan, chunk, prefix_cache=options.prefix_cache, speculation=speculation)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

@@ -10,9 +10,10 @@ from edge.bundle import Bundle
 from edge.config import SparseConfig
 from edge.errors import UsageError
 from edge.machine import usable_cores
-from edge.memory.ledger import Line, Subject, total
+from edge.memory.ledger import DraftSubject, Line, Subject, total
 from edge.memory.run import Run
 from edge.memory.weights import StoredWeights
+from plugins import PAGE_TOKENS
 
 MIB = 1 << 20
 ALWAYS_DENSE = 2**31 - 1  # a dense_len that no sequence reaches
@@ -25,7 +26,8 @@ class EngineOptions:
     attention: 'model' (as the bundle says), 'dense' or 'sparse'. sparse: fields of SparseConfig to change.
     logits_rows: tokens of a step whose logits are wanted at once, at most. offload: where KV pages go that memory does
     not hold: a folder on a disk; on a GPU, whatever it says, the host's memory. prefix_cache: whether a prompt takes
-    over what an earlier one computed; measurements of prompts must not.
+    over what an earlier one computed; measurements of prompts must not. speculative: 'off', 'lookup' (guesses what
+    followed the same words before) or 'eagle' (with the bundle's draft model); the tokens are the same with all three.
     """
 
     context: int | None = None
@@ -37,6 +39,7 @@ class EngineOptions:
     logits_rows: int = 16
     offload: Path | None = None
     prefix_cache: bool = True
+    speculative: str = "off"
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,22 @@ class Plan:
         return sum(line.bytes for line in self.lines if line.name == name)
 
 
-def subject_of(bundle: Bundle) -> Subject:
-    """What a bundle runs."""
+def subject_of(bundle: Bundle, options: EngineOptions | None = None) -> Subject:
+    """What a bundle runs; with options, its draft model only if they want it."""
     manifest = bundle.manifest
-    return Subject(bundle.config, StoredWeights.from_manifest(manifest.weights, manifest.types), manifest.types)
+    weights = StoredWeights.from_manifest(manifest.weights, manifest.types)
+    subject = Subject(bundle.config, weights, manifest.types, gives_hidden=manifest.draft is not None)
+    section = manifest.draft
+    if section is None or (options is not None and options.speculative != "eagle"):
+        return subject
+    draft = DraftSubject(
+        section.model.layer_config(bundle.config),
+        StoredWeights.from_manifest(section.weights, section.types),
+        section.types,
+        section.model.window * PAGE_TOKENS or manifest.limits["max_context"],
+        section.tree["top_k"],
+    )
+    return replace(subject, draft=draft)
 
 
 def resolve_sparse(bundle: Bundle, options: EngineOptions) -> SparseConfig | None:

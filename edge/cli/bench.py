@@ -33,6 +33,7 @@ def bench(
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
     offload: opt.Offload = None,
+    speculative: opt.Speculative = None,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
@@ -63,17 +64,14 @@ def bench(
     wanted = [(path, render) for path, render in reports if path is not None]
     for path, _ in wanted:
         opt.check_output(path)
-    longest = max(case.prompt_tokens for case in cases) + new_tokens
-    engine = opt.load_engine(bundle, context or longest, memory, threads, chunk, attention, sparse, offload, **_COLD)
+    context = context or max(case.prompt_tokens for case in cases) + new_tokens
+    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, speculative, **_COLD)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, progress=progress)
     for path, render in wanted:
         write_text(path, render(report))
         note(f"report written to {path}")
-    if json:
-        print(to_json(report))
-    else:
-        out.print(terminal(report))
+    print(to_json(report)) if json else out.print(terminal(report))
 
 
 def _report_static(invocation: typer.Context, json: bool) -> None:

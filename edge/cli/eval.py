@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ from edge.plan import ALWAYS_DENSE
 from edge.text import Tokenizer
 
 # Every prompt is to be timed as if it were the first, and perplexity wants the logits of all tokens.
-_MEASURED = {"prefix_cache": False, "logits_rows": opt.MANY_ROWS}
+_MEASURED: dict[str, Any] = {"prefix_cache": False, "logits_rows": opt.MANY_ROWS}
 
 
 def evaluate(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from edge.cli.console import err, note, print_json, progress_bar, write
 from edge.engine import Engine, Session
 from edge.errors import EdgeError, UsageError
 from edge.sampler import SamplingParams
+from edge.speculation.statistics import Speculated
 from edge.stream import TextStream
 from edge.text import TextSettings, Tokenizer
 
@@ -32,15 +33,24 @@ class Reply:
     finish_reason: str = "length"
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
+    speculated: Speculated | None = None
 
     def summary(self) -> str:
         """Tokens and speeds in a line."""
         decode = self.total_seconds - self.first_token_seconds
         speed = f", {(self.tokens - 1) / decode:.1f} tok/s" if self.tokens > 1 and decode > 0 else ""
+        guessed = ""
+        if self.speculated is not None and self.speculated.steps:
+            guessed = f", {self.speculated.mean_accept_length:.2f} tokens a verified step"
         return (
             f"{self.prompt_tokens} prompt tokens, first token after {self.first_token_seconds:.2f} s; "
-            f"{self.tokens} tokens{speed}"
+            f"{self.tokens} tokens{speed}{guessed}"
         )
+
+    def values(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        speculated = None if self.speculated is None else self.speculated.values()
+        return {**vars(self), "speculated": speculated}
 
 
 def run(
@@ -65,6 +75,7 @@ def run(
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
     offload: opt.Offload = None,
+    speculative: opt.Speculative = None,
     save: opt.Save = None,
     restore: opt.Restore = None,
     json: opt.Json = False,
@@ -83,19 +94,10 @@ def run(
     """
     check_session_options(save, restore, system, raw)
     text = read_prompt(prompt, file)
-    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload)
-    tokenizer = load_tokenizer(engine)
-    params = opt.sampling_params(
-        engine.bundle.manifest.generation,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=stop,
-    )
+    engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, speculative)
+    tokenizer, defaults = load_tokenizer(engine), engine.bundle.manifest.generation
+    chosen = {"repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens, "stop": stop}
+    params = opt.sampling_params(defaults, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, **chosen)
     session, messages = begin(engine, restore, system)
     messages.append(question(text))
     ids = encode_prompt(tokenizer, text, None if raw else messages, thinking)
@@ -130,7 +132,7 @@ def print_pieces(pieces: Iterator[str], *, quiet: bool) -> None:
 def report_reply(reply: Reply, engine: Engine, *, as_json: bool) -> None:
     """How it went, in a line or, with the text, as JSON."""
     if as_json:
-        print_json({**vars(reply), "bundle": engine.describe()})
+        print_json({**reply.values(), "bundle": engine.describe()})
     else:
         note(reply.summary())
 
@@ -152,6 +154,7 @@ def chat(
     attention: opt.Attention = None,
     sparse: opt.Sparse = None,
     offload: opt.Offload = None,
+    speculative: opt.Speculative = None,
     save: opt.Save = None,
     restore: opt.Restore = None,
 ) -> None:
@@ -168,7 +171,9 @@ def chat(
       edge chat bundle --restore yesterday.session --save today.session
     """
     check_session_options(save, restore, system)
-    engine = opt.load_engine(bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload)
+    engine = opt.load_engine(
+        bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload, speculative=speculative
+    )
     tokenizer = load_tokenizer(engine)
     params = opt.sampling_params(
         engine.bundle.manifest.generation,
@@ -298,6 +303,7 @@ def stream_reply(
         events = session.generate(ids, params, progress)
         first = next(events)
     reply.first_token_seconds = time.perf_counter() - started
+    reply.speculated = session.speculated
     with contextlib.closing(events):
         event = first
         while True:

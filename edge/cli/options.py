@@ -38,6 +38,14 @@ Offload = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Keep what --memory has no room for of the KV cache in a file there."),
 ]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        metavar="off|lookup|eagle",
+        help="Guess several tokens and verify them at once, from the text so far or with the bundle's draft model; the "
+        "reply is the same. Default: off.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own setting, else 0.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability mass.")]
@@ -89,6 +97,7 @@ def load_engine(
     attention: str | None = None,
     sparse: str | None = None,
     offload: Path | None = None,
+    speculative: str | None = None,
     **others: Any,
 ) -> Engine:
     """Open a bundle with what the user chose, and say so if the context is longer than the model was trained for.
@@ -103,6 +112,7 @@ def load_engine(
         attention=attention or EngineOptions.attention,
         sparse=parse_sparse(sparse),
         offload=offload,
+        speculative=speculative or EngineOptions.speculative,
         **others,
     )
     engine = open_engine(bundle, options)

@@ -1,0 +1,76 @@
+"""One conversation on an engine: prompts in, tokens out, and the cache that one turn leaves to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge.sampler import SamplingParams
+from edge.scheduler import Sequence as ScheduledSequence
+from edge.speculation.statistics import Speculated
+
+if TYPE_CHECKING:
+    from edge.engine import Engine
+
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. finish_reason: None while there is more, 'stop' (end token) or 'length'."""
+
+    token_id: int
+    finish_reason: str | None
+
+
+class Session:
+    """One conversation: a sequence whose cache outlives a reply, so the next turn computes only what is new.
+
+    `notes`: JSON values of the application that are saved and restored with the session. `speculated`: how far the last
+    reply came by speculation; None without it.
+    """
+
+    def __init__(self, engine: Engine, sequence: ScheduledSequence | None = None) -> None:
+        self.notes: dict[str, Any] = {}
+        self.speculated: Speculated | None = None
+        self._engine = engine
+        self._sequence = sequence or ScheduledSequence(engine.cache.open())
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        progress: Progress | None = None,
+    ) -> Generator[TokenEvent, None, None]:
+        """Tokens after `prompt_ids` (the whole conversation so far). What is cached of it is not computed again.
+
+        `progress(done, total)` counts prompt tokens during the prefill. A new call ends an earlier reply.
+        """
+        self._engine.check_prompt(prompt_ids)
+        sequence = self._sequence
+        self._engine.reuse(sequence, prompt_ids)
+        tokens = sequence.tokens
+        limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
+        end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
+        speculator = self._engine.begin_speculation()
+        self.speculated = None if speculator is None else speculator.statistics
+        for index, token in enumerate(self._engine.tokens(sequence, params, limit, progress, speculator)):
+            tokens.append(token)
+            reason = "length" if index + 1 == limit else None
+            if token in end_tokens:
+                reason = "stop"
+            yield TokenEvent(token, reason)
+            if reason is not None:
+                return
+            if sequence.tokens is not tokens:
+                raise RuntimeError("this reply was ended by a later one of the same session")
+
+    def save(self, path: Path) -> None:
+        """Write the conversation with its cache to a file, for `Engine.restore_session`."""
+        self._engine.save_sequence(self._sequence, path, self.notes)
+
+    def close(self) -> None:
+        """Give the pages back."""
+        self._engine.cache.close(self._sequence.cache_id)
