@@ -4,9 +4,9 @@
     python -m bench.speculation --weights exact --tokens 256 --rounds 5
 
 Three kinds of text: answers to held-out questions of a chat, copying (a passage that the prompt has begun to repeat)
-and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a figure is the median of its
-rounds. Every reply must be the same tokens whichever way it was decoded. Then what the draft's step costs with the full
-head and with FR-Spec's. Needs the extra `bench`.
+and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a
+figure is the median of its rounds. Every reply must be the same tokens whichever way it was decoded. Then what the
+draft's step costs with the full head and with FR-Spec's. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from tests.draft.prompts import prompts
 
 from build_engine.checkpoint import open_checkpoint
 from build_engine.draft_export import choose_draft
@@ -38,6 +37,7 @@ from edge.sampler import SamplingParams
 from edge.speculation.draft import DraftBatch
 from edge.speculation.statistics import Speculated
 from edge.text import Tokenizer
+from tests.draft.prompts import prompts
 from tests.synthetic import smollm2_gguf_path
 from tests.text import english_text
 
