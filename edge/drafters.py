@@ -40,7 +40,7 @@ def make_speculation(bundle: Bundle, options: EngineOptions, plan: Plan) -> Spec
         pace = Pace(ChainAcceptance())
         return Speculation("lookup", partial(LookupDrafter, pace), pace)
     from edge.executors.draft import OnnxRuntimeDraft
-    from edge.executors.onnxruntime import Reserved
+    from edge.executors.ort_session import Reserved
 
     section = bundle.manifest.draft
     assert section is not None

@@ -32,7 +32,7 @@ from edge.speculation.speculator import Limits, Speculation, Speculator
 from edge.speculation.tree import MOST_TREE_ROWS, TokenTree
 from plugins import PAGE_TOKENS
 
-Choose = Callable[[np.ndarray, list[int]], int]  # (logits [vocab], the tokens before) -> the next token
+Choose = Callable[[np.ndarray, list[int]], int]  # (logits [vocab], what this step drew before) -> the next token
 
 
 class Engine:
@@ -179,20 +179,23 @@ class Engine:
         speculator: Speculator | None = None,
     ) -> Generator[int, None, None]:
         """Draw up to `limit` tokens after those of the sequence; the caller appends each before it takes the next."""
-        if speculator is not None:
-            yield from self._speculated_tokens(sequence, self._choice(sequence, params), limit, progress, speculator)
-            return
-        if isinstance(self._executor, DecodingExecutor):
+        if speculator is None and isinstance(self._executor, DecodingExecutor):
             yield from self._device_tokens(self._executor, sequence, params, limit, progress)
             return
-        sampler = Sampler(params, sequence.tokens)
-        for index in range(limit):
-            yield sampler.sample(self.advance(sequence, progress if index == 0 else None))
+        choose = self._choice(sequence, params)
+        yield choose(self.advance(sequence, progress, speculator), [])
+        if speculator is not None:
+            ends = () if params.ignore_eos else self.eos_token_ids
+            yield from self._speculated_tokens(sequence, choose, limit - 1, ends, speculator)
+            return
+        for _ in range(limit - 1):
+            yield choose(self.advance(sequence), [])
 
     def _choice(self, sequence: ScheduledSequence, params: SamplingParams) -> Choose:
         """How the executor's own decoding draws a token."""
         if isinstance(self._executor, DecodingExecutor):
-            return DeviceDraw(params, self.vocab_size).first
+            draw = DeviceDraw(params, self.vocab_size)
+            return lambda logits, drawn: draw.first(logits, [*sequence.tokens, *drawn])
         sampler = Sampler(params, sequence.tokens)
         return lambda logits, _: sampler.sample(logits)
 
@@ -200,37 +203,40 @@ class Engine:
         self,
         sequence: ScheduledSequence,
         choose: Choose,
-        limit: int,
-        progress: Progress | None,
+        left: int,
+        ends: tuple[int, ...],
         speculator: Speculator,
     ) -> Generator[int, None, None]:
-        """Tokens of verified trees. Those that the caller did not take are forgotten, though they were computed."""
-        yield choose(self.advance(sequence, progress, speculator), sequence.tokens)
-        left = limit - 1
+        """`left` tokens of verified trees, of which none goes on after one of `ends`.
+
+        Those that the caller did not take are forgotten, though they were computed.
+        """
         while left:
-            accepted = self._verify(sequence, choose, left, speculator)
+            accepted = self._verify(sequence, choose, left, ends, speculator)
             for token in accepted.tokens[:-1]:
                 yield token
-                self._count(sequence, 1, max(sequence.prompt_length, sequence.computed + 1))
+                self._count(sequence, 1, sequence.length_after(1))
             yield accepted.tokens[-1]
             left -= len(accepted.tokens)
 
-    def _verify(self, sequence: ScheduledSequence, choose: Choose, left: int, speculator: Speculator) -> Accepted:
+    def _verify(
+        self, sequence: ScheduledSequence, choose: Choose, left: int, ends: tuple[int, ...], speculator: Speculator
+    ) -> Accepted:
         """One step of the last token and of what is proposed to follow it."""
-        first, length = sequence.computed, max(sequence.prompt_length, sequence.computed + 1)
+        first, length = sequence.computed, sequence.length_after(1)
         sequence.tree = self._propose(sequence, length, left, speculator)
         started = perf_counter()
         step = self._scheduler.next_step([sequence])
         assert step is not None
         tree, sequence.tree = sequence.tree or TokenTree.chain(sequence.tokens[-1:]), None
         result = self._executor.step(step.batch)
-        known = list(sequence.tokens)
+        drawn: list[int] = []
 
         def draw(node: int) -> int:
-            known.append(choose(result.logits[node], known))
-            return known[-1]
+            drawn.append(choose(result.logits[node], drawn))
+            return drawn[-1]
 
-        accepted = accept(tree, draw, limit=left)
+        accepted = accept(tree, draw, ends, left)
         if accepted.path:
             self._executor.keep_tokens(
                 self.cache.pages(sequence.cache_id), first + 1, [first + node for node in accepted.path]
@@ -243,15 +249,14 @@ class Engine:
 
     def _propose(self, sequence: ScheduledSequence, length: int, left: int, speculator: Speculator) -> TokenTree | None:
         limits = self._limits(sequence, length, left)
-        if limits.depth < 1:
+        if limits.depth < 1 or not (wanted := speculator.choose(sequence.tokens, limits)).rows:
             return None
-        assert self._speculation is not None
-        room = sequence.computed + 1 + max(limits.rows, self._speculation.slots)
+        room = sequence.computed + 1 + max(wanted.rows, speculator.slots)
         try:
             self.cache.reserve(sequence.cache_id, min(room, self.max_context), sequence.computed)
         except NoPagesError:
             return None
-        return speculator.propose(sequence.tokens, self.cache.pages(sequence.cache_id), length, limits)
+        return speculator.propose(sequence.tokens, self.cache.pages(sequence.cache_id), length, wanted)
 
     def _limits(self, sequence: ScheduledSequence, length: int, left: int) -> Limits:
         """The largest tree whose nodes are computed exactly as they would be one after the other.
@@ -267,7 +272,7 @@ class Engine:
             # Without local blocks the last scores come from the fine windows of a token's own page.
             stride = PAGE_TOKENS if self.plan.sparse.local_blocks else self.plan.sparse.kernel_stride
             depth = min(depth, (stride - 2 - first) % stride)
-        while depth and self._modes.of(max(sequence.prompt_length, first + 1 + depth)) != mode:
+        while depth and self._modes.of(sequence.length_after(1 + depth)) != mode:
             depth -= 1
         return Limits(rows, depth)
 
@@ -288,7 +293,7 @@ class Engine:
             step = self._scheduler.next_step([sequence])
             assert step is not None and step.counts == (1,)
             for token in executor.decode(step.batch, draw.params(sequence.tokens), count)[:, 0]:
-                self._count(sequence, 1, max(sequence.prompt_length, sequence.computed + 1))
+                self._count(sequence, 1, sequence.length_after(1))
                 yield check_drawn(int(token))
             left -= count
 
@@ -357,7 +362,8 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
     bundle = open_bundle(path)
     check_speculative(bundle, options.speculative)
     if bundle.manifest.target == "onnxruntime":
-        from edge.executors.onnxruntime import OnnxRuntimeExecutor, Reserved
+        from edge.executors.onnxruntime import OnnxRuntimeExecutor
+        from edge.executors.ort_session import Reserved
         from edge.offload import Offload
 
         plan = make_plan(bundle, options)

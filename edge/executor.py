@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-NO_TREE = np.iinfo(np.int32).max  # the start of a tree that a sequence does not have
+from plugins.paged_attention import NO_TREE
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class StepBatch:
             np.zeros(len(self.positions), np.uint64),
         )
         names = ("input_ids", "positions", "query_start", "page_table", "logits_rows", "switch_length")
-        arrays = {name: np.ascontiguousarray(getattr(self, name), np.int32) for name in names}
+        arrays = {name: getattr(self, name) for name in names} | {"slots": tree.slots, "tree_start": tree.start}
         mask = np.ascontiguousarray(tree.mask, "<u8").view(np.int32).reshape(-1, 2)
-        return arrays | {"slots": tree.slots, "tree_start": tree.start, "tree_mask": mask}
+        return {name: np.ascontiguousarray(values, np.int32) for name, values in arrays.items()} | {"tree_mask": mask}
 
 
 @dataclass(frozen=True)

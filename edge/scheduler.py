@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edge.executor import NO_TREE, StepBatch, TreeRows
+from edge.executor import StepBatch, TreeRows
 from edge.kv_cache import KVCache, NoPagesError
 from edge.reuse import Runs
 from edge.speculation.tree import TokenTree
+from plugins.paged_attention import NO_TREE
 
 
 @dataclass
@@ -33,6 +34,10 @@ class Sequence:
     def pending(self) -> int:
         """Known tokens that are not in the cache yet; 1 while decoding, more while prefilling."""
         return len(self.tokens) - self.computed
+
+    def length_after(self, count: int) -> int:
+        """The switch_length of a step of its next `count` tokens: see StepBatch."""
+        return max(self.prompt_length, self.computed + count)
 
     @property
     def tree_rows(self) -> int:
@@ -132,7 +137,7 @@ class Scheduler:
         page_table = np.zeros((len(tables), max(map(len, tables))), np.int32)
         for row, table in zip(page_table, tables, strict=True):
             row[: len(table)] = table
-        lengths = [max(s.prompt_length, s.computed + n) for s, n in zip(chosen, counts, strict=True)]
+        lengths = [s.length_after(n) for s, n in zip(chosen, counts, strict=True)]
         batch = StepBatch(
             input_ids=np.concatenate(ids).astype(np.int32),
             positions=np.concatenate(positions).astype(np.int32),

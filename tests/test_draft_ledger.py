@@ -15,7 +15,7 @@ from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from edge.bundle import open_bundle
 from edge.executors.draft import OnnxRuntimeDraft
-from edge.executors.onnxruntime import Reserved
+from edge.executors.ort_session import Reserved
 from edge.memory.device import device_ledger
 from edge.memory.devices import find_device
 from edge.memory.fit import make_plan

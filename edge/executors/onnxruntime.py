@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -16,32 +15,16 @@ from edge.bundle import WEIGHTS as WEIGHTS_FILE
 from edge.config import SparseConfig
 from edge.errors import EdgeError, UsageError
 from edge.executor import StepBatch, StepResult
-from edge.executors.pools import MemoryPages, StoredPages, keep_in_pools, lazy_zeros
+from edge.executors.ort_session import POOL_TYPES, GraphSession, Reserved, load_errors
+from edge.executors.pools import MemoryPages, StoredPages, disk_error, keep_in_pools
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.measured import anonymous_bytes, mapped_bytes, resident_bytes
 from edge.offload import Offload, open_page_file
 from plugins.offload.store import Counters, PageFile, PageStore, PoolPart, unit_bytes
 from plugins.ort.keep import Kept, keep_tokens
-from plugins.ort.library import attention_peak, register
-from plugins.ort.memory import STEP, WEIGHTS, MemoryPool, is_exhausted
+from plugins.ort.library import attention_peak
 
-# How numpy holds a pool, and ONNX's number of its type.
-POOL_TYPES: dict[str, tuple[type, int]] = {
-    "float32": (np.float32, 1),
-    "int8": (np.int8, 3),
-    "float16": (np.float16, 10),
-    "bfloat16": (np.uint16, 16),
-}
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # mallopt: what is larger goes back to the system once it is freed
-
-
-@dataclass(frozen=True)
-class Reserved:
-    """Bytes that the session's packed weights and the tensors of a step may take, and the rows of logits it has."""
-
-    weights: int
-    step: int
-    rows: int
 
 
 class OnnxRuntimeExecutor:
@@ -77,68 +60,36 @@ class OnnxRuntimeExecutor:
         self._page_file: PageFile | None = None
         self._offloaded = 0  # bytes of that file
         self.stores: list[PageStore] = []  # of the layers, if there is an offload
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # errors are raised; printing them too would be a second message
-        options.enable_mem_pattern = False  # every step has its own shapes
-        self._library = register(options)
-        self._memory: MemoryPool | None = None
         self._logits = np.zeros((0, bundle.config.vocab_size), np.float32)
-        try:
-            if reserved is not None:
-                self._reserve(options, reserved)
-            with self._use(WEIGHTS):
-                model = str(bundle.file(GRAPH))
-                self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            self._binding = self._session.io_binding()
+        if reserved is not None:
+            _give_freed_memory_back()
+            self._logits = np.zeros((reserved.rows, bundle.config.vocab_size), np.float32)
+        with load_errors(
+            bundle.file(GRAPH),
+            "the KV pool cannot be had ({error}); ask for a smaller --context or --memory",
+            f"the weights of {bundle.path} do not fit in their part of the plan",
+        ):
+            self._graph = GraphSession(bundle.file(GRAPH), threads, reserved)
             self._pools = self._bind_pools(bundle)
             if offload is not None:
                 self._open_stores(bundle, offload)
             if (sparse := sparse or bundle.config.sparse) is not None:
                 names = ("dense_len", "init_blocks", "local_blocks", "selected_blocks")
                 self._settings = np.array([getattr(sparse, name) for name in names], np.int32)
-                self._binding.bind_cpu_input("sparse_settings", self._settings)
-        except EdgeError:
-            raise
-        except MemoryError as error:
-            raise EdgeError(f"the KV pool cannot be had ({error}); ask for a smaller --context or --memory") from error
-        except Exception as error:  # the library has no narrower base
-            if is_exhausted(error):
-                raise EdgeError(f"the weights of {bundle.path} do not fit in their part of the plan") from error
-            raise EdgeError(
-                f"ONNX Runtime cannot load {bundle.file(GRAPH)} ({error}); export the bundle again"
-            ) from error
-        self._input_names = {node.name for node in self._session.get_inputs()}
-        self._gives_hidden = any(node.name == "hidden" for node in self._session.get_outputs())
+                self._graph.bind_inputs({"sparse_settings": self._settings})
+        self._library = self._graph.library
+        self._gives_hidden = self._graph.has_output("hidden")
         self._hidden_size = bundle.config.hidden_size
         self._kv_type = bundle.manifest.types["kv"]
-
-    def _reserve(self, options: ort.SessionOptions, reserved: Reserved) -> None:
-        """Give the session regions of its own and logits a buffer, and let malloc keep nothing that was freed."""
-        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        self._logits = np.zeros((reserved.rows, self._logits.shape[1]), np.float32)
-        if self._library is not None:
-            self._memory = MemoryPool(reserved.weights, reserved.step)
-            self._memory.session_options(options)
-
-    @contextlib.contextmanager
-    def _use(self, region: int) -> Iterator[None]:
-        with contextlib.nullcontext() if self._memory is None else self._memory.use(region):
-            yield
 
     def _bind_pools(self, bundle: Bundle) -> list[ort.OrtValue]:
         pools = []
         for layer in range(bundle.config.num_hidden_layers):
             for name, page in pool_layout(bundle.config, bundle.manifest.types).items():
-                dtype, onnx_type = POOL_TYPES[page.dtype]
                 pages = self._offload.resident_pages if self._offload and name == "kv_pool" else self.num_pages
-                values = lazy_zeros((pages, *page.shape), dtype)
-                pool = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx_type)
-                self._binding.bind_ortvalue_input(f"{name}.{layer}", pool)
-                self._binding.bind_ortvalue_output(f"{name}_out.{layer}", pool)
-                pools.append(pool)
-                self._values.append(values)
+                pool = self._graph.bind_pool(name, layer, pages, page)
+                pools.append(pool.bound)
+                self._values.append(pool.values)
                 self._names.append(name)
         return pools
 
@@ -165,35 +116,23 @@ class OnnxRuntimeExecutor:
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one ragged step; see edge/executor.py."""
-        for name, values in batch.inputs().items():
-            if name in self._input_names:
-                self._binding.bind_cpu_input(name, np.ascontiguousarray(values, np.int32))
-        rows, buffer = len(batch.logits_rows), self._logits
+        self._graph.bind_inputs(batch.inputs())
+        tokens, rows = len(batch.input_ids), len(batch.logits_rows)
         self._most_rows = max(self._most_rows, rows)
-        if rows <= len(buffer):
-            shape = (rows, buffer.shape[1])
-            self._binding.bind_output("logits", "cpu", 0, np.float32, shape, buffer.ctypes.data)
-        else:
-            self._binding.bind_output("logits", "cpu")
+        buffer = self._logits[:rows] if rows <= len(self._logits) else None
+        self._graph.bind_output("logits", buffer)
         hidden = None
         if self._gives_hidden:
-            hidden = np.empty((len(batch.input_ids), self._hidden_size), np.float32)
-            self._binding.bind_output("hidden", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
+            hidden = np.empty((tokens, self._hidden_size), np.float32)
+            self._graph.bind_output("hidden", hidden)
         try:
-            with self._use(STEP):
-                self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # the library has no narrower base
+            self._graph.run(f"a step of {tokens} tokens", "try a smaller --chunk")
+        except EdgeError as error:
             if self._page_file is not None and (failure := self._page_file.take_failure()):
-                raise EdgeError(f"{failure}; check the disk, or give more --memory to use less of it") from error
-            tokens = len(batch.input_ids)
-            if is_exhausted(error):
-                raise EdgeError(f"a step of {tokens} tokens needs more than the plan has for it") from error
-            raise EdgeError(
-                f"ONNX Runtime failed in a step of {tokens} tokens ({error}); try a smaller --chunk"
-            ) from error
-        if rows <= len(buffer):
-            return StepResult(buffer[:rows].copy(), hidden)  # the next step overwrites the buffer
-        return StepResult(self._binding.get_outputs()[len(self._pools)].numpy(), hidden)  # bound after the pools
+                raise disk_error(failure) from error
+            raise
+        # The next step overwrites the buffer.
+        return StepResult(self._graph.output("logits") if buffer is None else buffer.copy(), hidden)
 
     def memory(self) -> dict[str, int]:
         """See edge/executor.py. Of regions and attention it is the most there were, of all else what there is."""
@@ -203,9 +142,9 @@ class OnnxRuntimeExecutor:
             here = (values[:slots] if name == "kv_scales" else values).nbytes
             pools["compressed keys" if name in COMPRESSED_POOLS else "kv cache"] += here
             pools["scales"] += values.nbytes - here
-        own = {"logits": self._logits.nbytes + self._most_rows * self._logits.itemsize * self._logits.shape[1]}
-        if self._memory is not None:
-            own |= {"weights": self._memory.taken(WEIGHTS).peak, "activations": self._memory.taken(STEP).peak}
+        regions = self._graph.taken("weights", "activations")
+        copied = self._most_rows * self._logits.itemsize * self._logits.shape[1]
+        own = {"logits": self._logits.nbytes + copied} | regions
         if (attention := attention_peak()) is not None:
             own["attention"] = attention
         measured = {name: size for name, size in pools.items() if size} | own
@@ -213,7 +152,7 @@ class OnnxRuntimeExecutor:
             measured["offloaded kv"] = self._offloaded
         if (mapped := mapped_bytes(self._weights_file)) is not None:
             measured["weights, mapped"] = mapped
-        if (anonymous := anonymous_bytes()) is not None and self._memory is not None:
+        if (anonymous := anonymous_bytes()) is not None and regions:
             resident = sum(resident_bytes(values) for values in self._values)
             measured["process"] = max(0, anonymous - resident - sum(own.values()))
         return measured
@@ -226,8 +165,7 @@ class OnnxRuntimeExecutor:
                 keep_in_pools(pools, self._kv_type, kept)
             elif not keep_tokens(self._library, pools, POOL_TYPES[self._kv_type][1], kept):
                 assert self._page_file is not None
-                failure = self._page_file.take_failure()
-                raise EdgeError(f"{failure}; check the disk, or give more --memory to use less of it")
+                raise disk_error(self._page_file.take_failure())
 
     def _layers(self) -> Iterator[Mapping[str, np.ndarray]]:
         """Each layer's pools by name."""
@@ -284,3 +222,9 @@ class OnnxRuntimeExecutor:
         if self._offload is not None:
             facts["offload"] = f"{self._offload.resident_pages} of {self.num_pages} KV pages in memory, all on disk"
         return facts
+
+
+def _give_freed_memory_back() -> None:
+    """Let malloc keep nothing large that was freed: a plan has no line for it."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)

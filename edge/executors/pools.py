@@ -66,7 +66,12 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EdgeError(f"{error.strerror}; check the disk, or give more --memory to use less of it") from error
+        raise disk_error(error.strerror) from error
+
+
+def disk_error(failure: str | None) -> EdgeError:
+    """What is said of pages that could not be written or read back."""
+    return EdgeError(f"{failure}; check the disk, or give more --memory to use less of it")
 
 
 def keep_in_pools(pools: Mapping[str, np.ndarray], kv_type: str, kept: Kept) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from edge.bundle import Bundle
 from edge.cuda import CudaError, DeviceArray, Graph, Kernels, Pool, Stream, pinned
 from edge.errors import EdgeError
-from edge.executor import NO_TREE, DrawParams, StepBatch, StepResult
+from edge.executor import DrawParams, StepBatch, StepResult
 from edge.executors.kept_tokens import ends_window, keep_launches, kept_shape
 from edge.executors.offload import DeviceOffload
 from edge.executors.staging import Staging
@@ -28,6 +28,7 @@ from edge.interrupts import deferred_interrupts
 from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from plugins import PAGE_TOKENS
 from plugins.launch import Launch
+from plugins.paged_attention import NO_TREE
 from plugins.plugin import PackedLaunch
 from plugins.sampling.launch import advance, sample
 

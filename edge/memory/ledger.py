@@ -11,6 +11,7 @@ from edge.memory.attention import attention_bytes
 from edge.memory.run import Run
 from edge.memory.step import draft_step_bytes, step_bytes
 from edge.memory.weights import StoredWeights, WeightBytes, cpu_matrix_bytes, cpu_weight_bytes, draft_matrices
+from edge.speculation.eagle import CHUNK as DRAFT_TOKENS
 from plugins import PAGE_TOKENS
 
 # The interpreter with numpy, ONNX Runtime and a tokenizer, and its session's own structures; stated, not allocated.
@@ -18,7 +19,6 @@ PROCESS_BYTES = 160 << 20
 # For what the formulas miss, in percent of packed weights and activations, and the alignment of small tensors.
 HEADROOM_PERCENT, HEADROOM_BYTES = 5, 1 << 20
 MEMORY, DISK, HOST = "memory", "disk", "host"
-DRAFT_TOKENS = 256  # of a draft's step, at most (edge/speculation/eagle.py: CHUNK)
 
 
 @dataclass(frozen=True)

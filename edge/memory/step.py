@@ -107,11 +107,7 @@ def _schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: int, gi
             tokens = rows
             yield _cut("attended", 4 * rows * out.columns)
             yield _cut("hidden", 4 * rows * c.hidden_size)
-        yield from _linear("branch", "attended", out, tokens)
-        yield from _add_norm(c, tokens)
-        yield from _linear("gate_up", "normed", gate_up, tokens)
-        yield _Node({"gated": 4 * tokens * c.intermediate_size}, frees=("gate_up",))
-        yield from _linear("branch", "gated", down, tokens)
+        yield from _after_attention(c, out, gate_up, down, tokens)
         yield from _add_norm(c, tokens)
     if gives_hidden:
         yield _cut("normed", 4 * rows * c.hidden_size)
@@ -133,13 +129,18 @@ def _draft_schedule(c: ModelConfig, weights: StoredWeights, tokens: int, rows: i
     yield _Node({"attended": 4 * tokens * out.columns}, frees=("qkv",))
     yield _cut("attended", 4 * rows * out.columns)
     yield _cut("hidden", 4 * rows * c.hidden_size)
-    yield from _linear("branch", "attended", out, rows)
-    yield from _add_norm(c, rows)
-    yield from _linear("gate_up", "normed", gate_up, rows)
-    yield _Node({"gated": 4 * rows * c.intermediate_size}, frees=("gate_up",))
-    yield from _linear("branch", "gated", down, rows)
+    yield from _after_attention(c, out, gate_up, down, rows)
     yield _Node({"scaled": 4 * rows * c.hidden_size}, frees=("hidden", "branch"))
     yield _Node({}, workspace=_workspace(head, rows), frees=("scaled",))
+
+
+def _after_attention(c: ModelConfig, out: Matrix, gate_up: Matrix, down: Matrix, tokens: int) -> Iterator[_Node]:
+    """A layer from its attention's projection to the MLP's branch, which is not added yet."""
+    yield from _linear("branch", "attended", out, tokens)
+    yield from _add_norm(c, tokens)
+    yield from _linear("gate_up", "normed", gate_up, tokens)
+    yield _Node({"gated": 4 * tokens * c.intermediate_size}, frees=("gate_up",))
+    yield from _linear("branch", "gated", down, tokens)
 
 
 def _embed(c: ModelConfig, weights: StoredWeights, tokens: int) -> Iterator[_Node]:

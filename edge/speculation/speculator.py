@@ -91,7 +91,7 @@ class LookupDrafter:
 class Speculation:
     """Of an engine: makes each reply its drafter; the pace is learnt across replies.
 
-    draft: the draft model, if there is one. slots: how many beyond a sequence's tokens its drafter works in.
+    draft: the draft model, if there is one. slots: how many after a sequence's last token its drafter works in.
     """
 
     name: str
@@ -111,14 +111,15 @@ class Speculation:
 
     def begin(self) -> Speculator:
         """For one reply."""
-        return Speculator(self.make_drafter(), self.pace, self.totals)
+        return Speculator(self.make_drafter(), self.pace, self.totals, self.slots)
 
 
 class Speculator:
-    """Proposals of one reply, as large as they pay."""
+    """Proposals of one reply, as large as they pay. slots: see Speculation."""
 
-    def __init__(self, drafter: Drafter, pace: Pace, totals: Speculated) -> None:
+    def __init__(self, drafter: Drafter, pace: Pace, totals: Speculated, slots: int) -> None:
         self.statistics = Speculated()
+        self.slots = slots
         self._drafter, self._pace, self._totals = drafter, pace, totals
         self._draft_seconds = 0.0
 
@@ -127,14 +128,17 @@ class Speculator:
         if hidden is not None:
             self._drafter.follow(first, hidden)
 
-    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
-        """A tree that is worth its cost; see `Drafter.propose`."""
+    def choose(self, tokens: Sequence[int], limits: Limits) -> Limits:
+        """The tree below the last of `tokens` that is worth its cost; of no rows if none is."""
         chosen = Limits(*self._pace.choose(limits.rows, limits.depth))
         if not chosen.rows:
             self._drafter.skip(tokens)
-            return None
+        return chosen
+
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
+        """A tree as `choose` said; see `Drafter.propose`."""
         started = perf_counter()
-        tree = self._drafter.propose(tokens, pages, length, chosen)
+        tree = self._drafter.propose(tokens, pages, length, limits)
         self._draft_seconds = perf_counter() - started
         return tree
 

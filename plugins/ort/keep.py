@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +42,14 @@ def keep_tokens(library: Path, pools: Mapping[str, np.ndarray], onnx_type: int, 
     ]
     layer = _Layer(*addresses, onnx_type, planes, heads, dim)
     pages, slots = (np.ascontiguousarray(values, np.int32) for values in (kept.pages, kept.slots))
+    keep = _function(library)
+    return bool(keep(ctypes.byref(layer), pages.ctypes.data, len(pages), kept.first, slots.ctypes.data, len(slots)))
+
+
+@cache
+def _function(library: Path) -> Any:
+    """Called in every layer of a step: found once."""
     function = ctypes.CDLL(str(library)).edge_keep_tokens
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = (pointer, pointer, number, number, pointer, number)
-    done = function(ctypes.byref(layer), pages.ctypes.data, len(pages), kept.first, slots.ctypes.data, len(slots))
-    return bool(done)
+    return function
