@@ -42,12 +42,7 @@ bool keep_tokens(AttentionStep s, const LayerPools<T, W>& pools, int64_t first, 
   // A window reaches back one page.
   const int64_t first_page = std::max<int64_t>(0, first / kPage - 1), end = from[count - 1] / kPage + 1;
   const PageUnits units = s.store == nullptr ? PageUnits{} : units_of(s, 0, first_page, end, end);
-  if (s.store != nullptr) {
-    if (!s.store->lock(units)) return false;
-    bool usable = true;
-    for (const PageUnit& unit : units) usable &= s.store->wait(unit.page, unit.head);
-    if (!usable) return s.store->unlock(units, false, false), false;
-  }
+  if (s.store != nullptr && !s.store->hold(units)) return false;
   for (int64_t i = 0; i < count; ++i)
     if (from[i] != slots[i]) move_token<E>(s, pools.cache, from[i], slots[i]);
   if (pools.fine != nullptr)

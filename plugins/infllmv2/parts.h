@@ -8,8 +8,6 @@ namespace edge {
 constexpr int64_t kPartWindows = 1024;  // fine ones, of 16 K tokens
 constexpr int64_t kPartCoarse = kPartWindows * kCoarseSlots / kFineSlots;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What a thread chooses blocks in.
 template <class T, class E>
 SelectionBuffers<T, E>& selection_buffers() {

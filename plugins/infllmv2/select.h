@@ -43,7 +43,7 @@ struct SelectionBuffers {
 constexpr int64_t kChunkBlocks = kPage / kFineSlots;  // blocks in which 64 fine windows end
 
 // Between the scores of two tokens: as many blocks as whole chunks of windows have.
-inline int64_t score_stride(int64_t blocks) { return (blocks + kChunkBlocks - 1) / kChunkBlocks * kChunkBlocks; }
+inline int64_t score_stride(int64_t blocks) { return divide_up(blocks, kChunkBlocks) * kChunkBlocks; }
 
 // Windows [u, u + 64) of one sequence and head, u a multiple of 64; those past the end are zero.
 template <class T>

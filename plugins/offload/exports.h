@@ -76,11 +76,7 @@ EDGE_EXPORT int edge_page_store_lock(void* store, const int32_t* units, int64_t 
   auto& s = *static_cast<edge::PageStore*>(store);
   edge::PageUnits list;
   for (int64_t i = 0; i < count; ++i) list.push_back({units[3 * i], units[3 * i + 1], units[3 * i + 2] != 0});
-  if (!s.lock(list)) return 0;
-  bool all = true;
-  for (const auto& unit : list) all &= s.wait(unit.page, unit.head);
-  if (!all) s.unlock(list, false, false);
-  return all;
+  return s.hold(list);
 }
 
 EDGE_EXPORT void edge_page_store_unlock(void* store, const int32_t* units, int64_t count, int changed, int streamed) {

@@ -92,6 +92,15 @@ class PageStore {
     return now.load(std::memory_order_acquire) == kReady;
   }
 
+  // Locks units and waits until all can be read. If one never can none is locked, and the result is false.
+  bool hold(const PageUnits& units) {
+    if (!lock(units)) return false;
+    bool usable = true;
+    for (const PageUnit& unit : units) usable &= wait(unit.page, unit.head);
+    if (!usable) unlock(units, false, false);
+    return usable;
+  }
+
   // `changed`: the units were written to. `streamed`: those that were not here before give way first.
   void unlock(const PageUnits& units, bool changed, bool streamed) {
     for (const PageUnit& unit : units) {

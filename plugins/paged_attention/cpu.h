@@ -241,7 +241,7 @@ std::vector<AttentionTask> attention_tasks(const AttentionStep& s, const std::ve
     const int64_t blocks = choices[i].blocks.size();
     // Not for what a longer step leaves alone in its first tile: how a prompt is cut must not change how it is rounded.
     const int64_t b = tiles[i].sequence, tokens = s.query_start[b + 1] - s.query_start[b];
-    const int64_t parts = tokens > 1 ? 1 : (blocks + kPartBlocks - 1) / kPartBlocks;
+    const int64_t parts = tokens > 1 ? 1 : divide_up(blocks, kPartBlocks);
     for (int64_t p = 0; p < parts; ++p) tasks.push_back({i, blocks * p / parts, blocks * (p + 1) / parts});
   }
   return tasks;

@@ -14,6 +14,8 @@
 
 namespace edge {
 
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int kPage = 64;  // tokens a page, and a block
 constexpr int64_t kMaxHeadDim = 1024;
 
