@@ -55,14 +55,14 @@ def test_a_slot_takes_its_hidden_state_and_the_token_after_it() -> None:
 
 
 def test_levels_lie_behind_each_other_and_see_their_ancestors() -> None:
-    draft, tokens = Recorder(), [100, 101, 102]
+    draft, tokens = Recorder(), [100, 101, 106]
     drafter = EagleDrafter(draft, TOP_K, reach=64)
     drafter.follow(0, hidden_of(0, 2))
     tree = drafter.propose(tokens, [0], 3, Limits(rows=9, depth=3))
-    assert isinstance(tree, TokenTree) and len(tree) == 10 and tree.tokens[0] == 102
+    assert isinstance(tree, TokenTree) and len(tree) == 10 and tree.tokens[0] == 106
     assert set(tree.tokens[1:]) <= set(VOCAB.tolist()) and tree.depths.max() <= 3
     _, one, two = draft.batches
-    best = np.argsort(-np.random.default_rng(102).standard_normal(len(VOCAB)))[:TOP_K]
+    best = np.argsort(-np.random.default_rng(106).standard_normal(len(VOCAB)))[:TOP_K]
     np.testing.assert_array_equal(one.input_ids, VOCAB[best])
     for depth, batch in enumerate((one, two), 1):
         assert batch.tree is not None
@@ -72,6 +72,7 @@ def test_levels_lie_behind_each_other_and_see_their_ancestors() -> None:
     np.testing.assert_array_equal(one.tree.mask, [1, 2, 4])
     np.testing.assert_array_equal(one.hidden, np.ones((TOP_K, WIDTH)))  # the root row's state, for each
     rows = np.rint(10 * (two.hidden[:, 0] - 2)).astype(int)  # of the first level, whose states these are
+    assert set(rows.tolist()) == {0, 1, 2}  # each of which goes on, with this token
     np.testing.assert_array_equal(two.tree.mask, [1 << row | 1 << TOP_K + i for i, row in enumerate(rows.tolist())])
 
 

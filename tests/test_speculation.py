@@ -16,6 +16,7 @@ from build_engine.formats import WeightFormat
 from build_engine.ternary import recover
 from edge.config import LongRope, ModelConfig, SparseConfig
 from edge.engine import Engine, open_engine
+from edge.executors.draft import OnnxRuntimeDraft
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from edge.scheduler import Sequence as ScheduledSequence
@@ -156,3 +157,27 @@ def test_no_node_of_sparse_attention_ends_a_page(bundle: Path) -> None:
         further = first + limits.depth + 1
         ends_page = mode.is_sparse and further % PAGE_TOKENS == PAGE_TOKENS - 1
         assert limits.depth == 15 or ends_page or engine._modes.of(further + 1) != mode
+
+
+def test_nothing_is_counted_after_the_end_of_a_reply(bundle: Path) -> None:
+    """The prophet's trees go on after the end token, and all that is in them would be accepted."""
+    ids, engine = prompt(PROMPT), open_engine(bundle, EngineOptions(context=1024, threads=2, chunk=64))
+    wanted = [event.token_id for event in engine.generate(ids, SamplingParams(max_tokens=40, ignore_eos=True))]
+    end = next(i for i in range(12, 40) if wanted[i] not in wanted[:i])
+    config = replace(engine.bundle.config, eos_token_ids=(wanted[end],))
+    engine.bundle = replace(engine.bundle, manifest=replace(engine.bundle.manifest, model=config))
+    for seed in range(8):
+        speculate(engine, wanted, ids, seed)
+        session = engine.open_session()
+        assert [event.token_id for event in session.generate(ids, SamplingParams(max_tokens=40))] == wanted[: end + 1]
+        assert session.speculated is not None and session.speculated.emitted == end  # all after the prompt's own
+        session.close()
+
+
+def test_a_copied_page_is_copied_in_the_drafts_cache_too(bundle: Path) -> None:
+    engine = open_engine(bundle, EngineOptions(context=1024, threads=2, speculative="eagle"))
+    assert engine._speculation is not None and isinstance(engine._speculation.draft, OnnxRuntimeDraft)
+    pages = engine._speculation.draft._pool.values
+    pages[3] = 1
+    engine.cache._copy_pages([(3, 5)])
+    np.testing.assert_array_equal(pages[5], pages[3])

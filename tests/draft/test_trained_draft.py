@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,14 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from build_engine.checkpoint import Checkpoint
+from build_engine.draft_export import TREE, choose_draft
+from build_engine.export import ExportOptions, export_bundle
+from build_engine.formats import WeightFormat
 from edge.config import ModelConfig
+from edge.engine import open_engine
+from edge.plan import EngineOptions
+from edge.sampler import SamplingParams
+from edge.speculation.tree import TokenTree
 from tests.draft.acceptance import Shape, acceptance, grow
 from tests.draft.checkpoint import MODEL, load_draft
 from tests.draft.corpus import chat_prompts, chat_tokenizer
@@ -24,6 +33,7 @@ from tests.draft.target import Text, batched_target, write
 from tests.reference import greedy_tokens, llama_from_gguf
 
 REPLY = 48
+EXACT = WeightFormat("exact")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +179,44 @@ def test_held_out_replies_are_guessed_as_well_as_measured(
 ) -> None:
     result = acceptance(load_draft(MODEL), smollm2.config, embedding, replies, shape)
     assert result.mean >= least
+
+
+class Fixed:
+    """A pace that always wants the same tree."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._wanted = shape.nodes - 1, shape.depth
+
+    def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
+        """It, as far as may be."""
+        return min(most_rows, self._wanted[0]), min(most_depth, self._wanted[1])
+
+    def plain(self, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def verified(self, tree: TokenTree, path: Sequence[int], seconds: float, draft_seconds: float = 0.0) -> None:
+        """Nothing to learn."""
+
+
+def test_the_engine_accepts_what_the_recipe_does(
+    replies: list[Text], smollm2: Checkpoint, embedding: torch.Tensor, tmp_path: Path
+) -> None:
+    """Replies are the same whatever a draft is fed: only acceptance tells that it gets the right states and slots."""
+    draft = choose_draft(MODEL, smollm2, EXACT, "onnxruntime", np.load(next(MODEL.glob("freq_*.npy"))))
+    bundle = export_bundle(smollm2, tmp_path / "bundle", ExportOptions(weights=EXACT, draft=draft))
+    engine = open_engine(bundle, EngineOptions(context=1024, threads=2, speculative="eagle"))
+    shape = Shape(TREE["top_k"], TREE["depth"], TREE["size"])
+    assert engine._speculation is not None
+    engine._speculation = replace(engine._speculation, pace=Fixed(shape))
+    few = replies[:6]
+    wanted = acceptance(load_draft(MODEL), smollm2.config, embedding, few, shape)
+    for text in few:
+        ids = text.ids.tolist()
+        params = SamplingParams(max_tokens=len(ids) - text.first)
+        found = [event.token_id for event in engine.generate(ids[: text.first], params)]
+        assert found == ids[text.first :]
+    mean = engine._speculation.totals.mean_accept_length
+    assert mean == pytest.approx(wanted.mean, rel=0.03)
 
 
 def test_acceptance_notices_a_draft_that_guesses_badly(
