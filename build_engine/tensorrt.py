@@ -210,30 +210,34 @@ def _request(bundle: Bundle, recipe: Recipe, engine: Path, flavour: Flavour, dev
 @contextmanager
 def _partial_engine(path: Path) -> Iterator[Path]:
     """An empty file beside `path`, held under the bundle's lock; it and an empty folder are removed at the end."""
-    folder = path.parent
-    bundle = os.open(folder.parent, os.O_RDONLY)
+    folder, partial = path.parent, path.parent / f".{path.name}.partial"
+    lock = os.open(folder.parent, os.O_RDONLY)
     try:
-        fcntl.flock(bundle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise EdgeError(f"another build is writing in {folder}; wait for it to end") from None
+    try:  # before the folder is made: Ctrl-C may come right after
+        _make_partial(partial)
+        yield partial
+    finally:
+        with suppress(OSError):  # the folder is no folder, or not empty: it holds engines
+            partial.unlink(missing_ok=True)
+            folder.rmdir()
+        os.close(lock)
+
+
+def _make_partial(partial: Path) -> None:
+    folder = partial.parent
+    try:
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(".*.partial"):  # of a build that was killed
             leftover.unlink()
-        partial = folder / f".{path.name}.partial"
         partial.touch()
-    except BlockingIOError:
-        os.close(bundle)
-        raise EdgeError(f"another build is writing in {folder}; wait for it to end") from None
     except OSError as error:
-        os.close(bundle)
         raise EdgeError(
             f"cannot write in {folder} ({error.strerror}); copy the bundle to a folder that can be written"
         ) from None
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: it holds engines
-            folder.rmdir()
-        os.close(bundle)
 
 
 def _publish(engine: EngineFile, partial: Path) -> None:

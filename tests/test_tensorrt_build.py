@@ -178,6 +178,18 @@ def test_ctrl_c_at_the_command_line_leaves_nothing(bundle: Path) -> None:
     assert listing(bundle) == before
 
 
+def test_ctrl_c_while_the_folder_is_made_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = listing(bundle)
+
+    def interrupted(path: Path, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(bundle, OPTIONS)
+    assert listing(bundle) == before
+
+
 def test_a_compiler_that_dies_is_reported(bundle: Path) -> None:
     before = listing(bundle)
 
