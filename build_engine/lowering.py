@@ -15,7 +15,6 @@ from build_engine.formats import HEAD_BITS, Target, WeightFormat
 from build_engine.graph import edge_node
 from build_engine.quantize import GROUP_SIZES, quantize_affine, quantize_symmetric
 from build_engine.weight_rows import (
-    Coded,
     coded_rows,
     convert,
     float_rows,
@@ -30,13 +29,14 @@ from build_engine.weight_rows import (
 from build_engine.weights_file import WeightsFile
 from edge.config import SparseConfig
 from edge.errors import EdgeError
+from plugins.block_linear import pack as block_pack
 from plugins.launch import divide_up
 from plugins.linear.meaning import ZEROS
 from plugins.linear.pack import TILE_ROWS, pack_codes, pack_scales, vector_inputs
 
-# Inputs of a MatMulNBits block for a scale a row: of the sizes that have fast kernels with 2 bits too (32, 64, 128) the
-# one with the fewest scales to store and to multiply by.
-ROW_BLOCK = 128
+ROW_BLOCK = block_pack.BLOCKS[
+    -1
+]  # inputs of a CPU's block for a scale a row: the fewest scales to store and to multiply by
 EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[int, int, str], None]
 
@@ -87,8 +87,6 @@ def lower(
         _add_output(model.graph, 1, helper.make_tensor_value_info("token", TensorProto.INT32, ["R"]))
     if target.tensorrt:
         _fix_sparse_settings(model.graph, checkpoint.config.sparse)
-    else:
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
 
 
@@ -183,9 +181,9 @@ class _Lowering:
             return self._packed("PackedLinear", node, list(node.output), sources, bits, group)
         if self.target.tensorrt:
             return self._dequantize_linear(node, sources, group)
-        if self.weights.kind == "ternary" or self.weights.symmetric:
-            return self._matmul_nbits(node, sources, bits, group)
-        return self._matmul_affine(node, sources)
+        if self.weights.is_asymmetric:
+            return [self._block_linear_offsets(node, sources)]
+        return [self._block_linear(node, sources, bits, group)]
 
     def _head(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """The logits, float32, and with packed weights the largest one's token."""
@@ -202,7 +200,7 @@ class _Lowering:
             return self._plain(raw, sources) + casts
         if self.target.tensorrt:
             return self._dequantize_linear(raw, sources, group) + casts
-        return self._matmul_nbits(raw, sources, bits, group) + casts
+        return [self._block_linear(raw, sources, bits, group), *casts]
 
     def _plain(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
         """Gemm on values [N, K], the checkpoint's own or float16, cast to the activation type when the engine loads."""
@@ -228,70 +226,68 @@ class _Lowering:
             name = f"{node.name}.cast"
         return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
 
-    def _matmul_nbits(
-        self, node: onnx.NodeProto, sources: list[LazyTensor], bits: int, group: int
-    ) -> list[onnx.NodeProto]:
-        """ONNX Runtime's MatMulNBits without zero points: code 2^(bits-1) means 0, which for ternary ones is 2."""
-        coded = coded_rows(sources, bits, group or sources[0].shape[1], group or ROW_BLOCK)
-        if bits == 2:
-            coded = ((codes + np.uint8(1), scales) for codes, scales in coded)
-        return [self._store_matmul_nbits(node.name, node.input[0], node.output[0], sources, coded, bits, group)]
-
-    def _matmul_affine(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """Groups with a minimum of their own: x W^T = MatMulNBits(x, codes - 8) + (sums of x by group) offsets.
-
-        offset = minimum + 8 scale is what the operator's fixed zero point leaves over; a whole-number zero point
-        would cost up to half a step of every weight.
-        """
-        x, y, name, group = node.input[0], node.output[0], node.name, self.weights.group_size
-        _, k = stacked_shape(sources)
-        if k % group:
-            raise EdgeError(
-                f"{name}: {k} input features are not a multiple of group size {group}, which asymmetric int4 needs; "
-                "choose a smaller --group-size or --symmetric"
-            )
-        offsets: list[np.ndarray] = []
-
-        def coded() -> Iterator[Coded]:
-            for rows in float_rows(sources):
-                part = quantize_affine(rows, group)
-                offsets.append(convert(f"{name}.offsets", part.minima + 8 * part.scales, np.dtype(np.float16)))
-                yield part.codes.reshape(len(rows), k), part.scales
-
-        product = self._store_matmul_nbits(name, x, f"{name}.product", sources, coded(), 4, group)
-        by_group = np.concatenate(offsets).T
-        offset = self._store(f"{name}.offsets", TensorProto.FLOAT16, list(by_group.shape), [by_group])
-        inputs = [x, product.output[0], offset]
-        return [product, edge_node("AddGroupOffsets", name, inputs, [y])]
-
-    def _store_matmul_nbits(
-        self, name: str, x: str, y: str, sources: list[LazyTensor], coded: Iterable[Coded], bits: int, group: int
-    ) -> onnx.NodeProto:
-        """Codes and scales go to the file; accuracy level 4 quantises activations to int8 inside the operator."""
+    def _block_linear(self, node: onnx.NodeProto, sources: list[LazyTensor], bits: int, group: int) -> onnx.NodeProto:
+        """The layout of plugins/block_linear, written some row tiles at a time; a scale a row is one a block, too."""
         n, k = stacked_shape(sources)
         block = group or ROW_BLOCK
-        blocks = divide_up(k, block)
         scales: list[np.ndarray] = []
 
-        def packed() -> Iterator[np.ndarray]:
-            for codes, part in coded:
-                scales.append(part)
-                yield pack_bits(codes, bits)
+        def codes() -> Iterator[np.ndarray]:
+            for part, its_scales in coded_rows(sources, bits, group or k, block):
+                scales.append(its_scales)
+                yield part
 
-        codes = self._store(f"{name}.int{bits}", TensorProto.UINT8, [n, blocks, block * bits // 8], packed())
-        scale = self._store(f"{name}.scales", TensorProto.FLOAT, [n * blocks], scales)
-        return helper.make_node(
-            "MatMulNBits",
-            [x, codes, scale],
-            [y],
-            f"{name}.nbits",
-            domain="com.microsoft",
-            K=k,
-            N=n,
-            bits=bits,
-            block_size=block,
-            accuracy_level=4,
-        )
+        return self._store_blocks(node, (n, k), bits, block, codes(), scales)
+
+    def _block_linear_offsets(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> onnx.NodeProto:
+        """Groups with a minimum of their own: code 8, the operator's zero, stands for offset = minimum + 8 scale.
+
+        A whole-number zero point would cost up to half a step of every weight.
+        """
+        n, k = stacked_shape(sources)
+        group = self.weights.group_size
+        if k % group:
+            raise EdgeError(
+                f"{node.name}: {k} input features are not a multiple of group size {group}, which asymmetric int4 "
+                "needs; choose a smaller --group-size or --symmetric"
+            )
+        scales: list[np.ndarray] = []
+        offsets: list[np.ndarray] = []
+
+        def codes() -> Iterator[np.ndarray]:
+            for rows in float_rows(sources):
+                part = quantize_affine(rows, group)
+                scales.append(part.scales)
+                offsets.append(convert(f"{node.name}.offsets", part.minima + 8 * part.scales, np.dtype(np.float16)))
+                yield part.codes.reshape(len(rows), k)
+
+        return self._store_blocks(node, (n, k), 4, group, codes(), scales, offsets)
+
+    def _store_blocks(
+        self,
+        node: onnx.NodeProto,
+        of: tuple[int, int],
+        bits: int,
+        block: int,
+        codes: Iterable[np.ndarray],
+        scales: list[np.ndarray],
+        offsets: list[np.ndarray] | None = None,
+    ) -> onnx.NodeProto:
+        """A matrix `of` (N, K). Scales and offsets are there once `codes`, chunks [rows, K], were all taken."""
+        n, k = of
+        tiles, blocks = divide_up(n, TILE_ROWS), divide_up(k, block)
+        packed = (block_pack.pack_codes(rows, bits, block) for rows in whole_tiles(codes))
+        vectors = block // block_pack.vector_inputs(bits)
+        inputs = [
+            node.input[0],
+            self._store(f"{node.name}.int{bits}", TensorProto.UINT8, [tiles, blocks, vectors, TILE_ROWS, 4], packed),
+            self._store(f"{node.name}.scales", TensorProto.FLOAT, [tiles, blocks, TILE_ROWS], _by_tile(scales)),
+        ]
+        if offsets is not None:
+            shape = [tiles, blocks, TILE_ROWS]
+            inputs.append(self._store(f"{node.name}.offsets", TensorProto.FLOAT16, shape, _by_tile(offsets)))
+        op_type = "BlockLinear" if offsets is None else "BlockLinearOffsets"
+        return edge_node(op_type, node.name, inputs, list(node.output), bits=bits, block=block, n=n, k=k)
 
     def _packed(
         self, op_type: str, node: onnx.NodeProto, outputs: list[str], sources: list[LazyTensor], bits: int, group: int
@@ -343,6 +339,10 @@ class _Lowering:
             helper.make_node("Transpose", [dense], [transposed], transposed, perm=[1, 0]),
             helper.make_node("MatMul", [node.input[0], transposed], list(node.output), node.name),
         ]
+
+
+def _by_tile(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    yield block_pack.pack_by_tile(np.concatenate(parts))
 
 
 def describe_weights(weights: WeightFormat, checkpoint: Checkpoint, model: onnx.ModelProto) -> str:

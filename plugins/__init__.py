@@ -21,7 +21,7 @@ def functions() -> list[onnx.FunctionProto]:
     """The FunctionProto of every operator, for the `functions` field of a model (host only: a device needs no onnx)."""
     import onnx.parser
 
-    from plugins.group_offsets.function import ADD_GROUP_OFFSETS
+    from plugins.block_linear.function import BLOCK_LINEAR, BLOCK_LINEAR_OFFSETS
     from plugins.infllmv2.function import INFLLMV2_ATTENTION, INFLLMV2_ATTENTION_INT8
     from plugins.linear.function import PACKED_HEAD, PACKED_LINEAR
     from plugins.paged_attention.function import PAGED_ATTENTION, PAGED_ATTENTION_INT8
@@ -35,7 +35,8 @@ def functions() -> list[onnx.FunctionProto]:
         SWIGLU,
         ROPE_TABLE,
         LONG_ROPE_TABLE,
-        ADD_GROUP_OFFSETS,
+        BLOCK_LINEAR,
+        BLOCK_LINEAR_OFFSETS,
         PACKED_LINEAR,
         PACKED_HEAD,
         PAGED_ATTENTION,

@@ -25,6 +25,7 @@ from build_engine.safetensors_file import read_safetensors
 from edge.bundle import GRAPH, open_bundle
 from edge.config import ModelConfig
 from edge.errors import EdgeError
+from plugins.block_linear.pack import unpack_by_tile, unpack_codes
 from tests import reference
 from tests.command import edge
 from tests.gptq_samples import (
@@ -422,19 +423,18 @@ def test_int4_codes_reach_the_bundle_as_they_are(tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr.decode()
     graph = onnx.load(bundle / GRAPH).graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    projections = {node.name: node for node in graph.node if node.op_type == "MatMulNBits"}
+    projections = {node.name: node for node in graph.node if node.op_type == "BlockLinear"}
     taken_over = set()
     for linear in build_graph(CONFIG).graph.node:
         names = next((a.strings for a in linear.attribute if a.name == "weights"), [])
         modules = [name.decode().removesuffix(".weight") for name in names]
         if linear.op_type != "Linear" or not set(modules) <= set(layers):
             continue
-        _, packed, scales = projections[f"{linear.name}.nbits"].input
-        codes = np.stack([stored[packed] & 15, stored[packed] >> 4], axis=-1)
+        _, packed, scales = projections[linear.name].input
         expected = np.concatenate([layers[module].codes for module in modules])
-        assert np.array_equal(codes.reshape(expected.shape), expected)
+        assert np.array_equal(unpack_codes(stored[packed], 4, *expected.shape), expected)
         expected_scales = np.concatenate([layers[module].scales for module in modules])
-        assert np.array_equal(stored[scales].reshape(expected_scales.shape), expected_scales.astype(np.float32))
+        assert np.array_equal(unpack_by_tile(stored[scales], len(expected)), expected_scales.astype(np.float32))
         taken_over |= set(modules)
     assert taken_over == set(layers)
 

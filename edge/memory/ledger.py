@@ -112,7 +112,7 @@ def _draft_lines(draft: DraftSubject) -> list[Line]:
     step = draft_step_bytes(layer, draft.weights, DRAFT_TOKENS, draft.rows)
     results = 2 * 4 * draft.rows * (layer.vocab_size + layer.hidden_size)
     return [
-        Line("draft weights", weights, "packed for the kernels"),
+        Line("draft weights", weights, "as float32, packed"),
         Line("draft activations", step, f"steps of {DRAFT_TOKENS} tokens"),
         Line("draft logits", results, f"{draft.rows} rows with their hidden states, and a copy"),
         Line("draft headroom", headroom(weights) + headroom(step), "for what the formulas miss"),
@@ -152,8 +152,8 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
         size = 4 * config.hidden_size * (run.tokens + waiting)
         working.append(Line("hidden states", size, f"{run.tokens} rows of a step, {waiting} that wait"))
     lines = [
-        Line("weights", weights.packed, "packed for the kernels"),
-        Line("weights, mapped", weights.mapped, "embedding and scales, read from the bundle"),
+        Line("weights", weights.packed, "as float32, packed"),
+        Line("weights, mapped", weights.mapped, "embedding, codes and scales, read from the bundle"),
         *working,
         *([] if draft is None else _draft_lines(draft)),
         Line("process", PROCESS_BYTES, "interpreter and libraries"),

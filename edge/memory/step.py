@@ -159,20 +159,13 @@ def _cut(name: str, size: int) -> _Node:
 
 
 def _linear(name: str, source: str, matrix: Matrix, tokens: int) -> Iterator[_Node]:
-    """x -> x W^T; asymmetric groups add their offsets into a tensor of its own."""
-    size, workspace = 4 * tokens * matrix.rows, _workspace(matrix, tokens)
-    if matrix.symmetric or not matrix.has_codes:
-        yield _Node({name: size}, workspace, (source,))
-    else:
-        yield _Node({"product": size}, workspace)
-        yield _Node({name: size}, frees=("product", source))
+    """x -> x W^T."""
+    yield _Node({name: 4 * tokens * matrix.rows}, _workspace(matrix, tokens), (source,))
 
 
 def _workspace(matrix: Matrix, tokens: int) -> int:
-    """MatMulNBits (accuracy level 4) rounds its input to int8, with a scale and a sum for every block."""
-    if not matrix.has_codes:
-        return 0
-    return tokens * (matrix.columns + 8 * (matrix.blocks // matrix.rows)) + _ALIGNMENT
+    """edge.BlockLinear rounds its input to int8 codes, with a scale and two sums for every block."""
+    return tokens * matrix.blocks * (matrix.block + 12) if matrix.has_codes else 0
 
 
 def _add_norm(c: ModelConfig, tokens: int) -> Iterator[_Node]:

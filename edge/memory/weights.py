@@ -11,7 +11,7 @@ from edge.config import ModelConfig
 TABLE_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # of a value of the embedding
 BITS = {"exact": 16, "fp16": 16, "w4a16": 4, "ternary": 2, "int8": 8, "int4": 4}
 _ROW_BLOCK = 128  # inputs that share a scale in a CPU's operator if the format has one for a whole row
-_SUM_ROWS = 16  # MLAS rounds the rows of its block sums up to this
+_TILE_ROWS = 16  # of a CPU's operator, to which rows are padded (plugins/block_linear)
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,14 @@ class Matrix:
         return self.rows * self.columns
 
     @property
+    def block(self) -> int:
+        """Inputs that share a scale on the CPU."""
+        return self.group or _ROW_BLOCK
+
+    @property
     def blocks(self) -> int:
-        """Scales of one on the CPU."""
-        return self.rows * (self.columns // (self.group or _ROW_BLOCK))
+        """Scales of a row on the CPU."""
+        return -(-self.columns // self.block)
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,14 @@ def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes
 
 
 def cpu_matrix_bytes(multiplied: Iterable[Matrix]) -> WeightBytes:
-    """MatMulNBits packs codes, float32 scales and float32 sums of blocks, beside the scales in the file; other matrices
-    become float32, each folded once before it is packed.
+    """Codes, float32 scales and float16 offsets are used where the file has them; other matrices become float32, each
+    folded once before it is packed.
     """
     packed = mapped = loading = 0
     for m in multiplied:
         if m.has_codes:
-            sums = -(-m.rows // _SUM_ROWS) * _SUM_ROWS * (m.blocks // m.rows)
-            packed += m.count * (m.values * BITS[m.stored] // 8 + 4 * m.blocks + 4 * sums)
-            mapped += m.count * m.blocks * (4 if m.symmetric else 6)  # asymmetric groups have a float16 offset, too
+            block = m.block * BITS[m.stored] // 8 + (4 if m.symmetric else 6)
+            mapped += m.count * -(-m.rows // _TILE_ROWS) * _TILE_ROWS * m.blocks * block
         else:
             packed += m.count * 4 * m.values
             loading = max(loading, 4 * m.values)

@@ -2,7 +2,7 @@
 #include <cstring>
 #include <new>
 
-#include "plugins/group_offsets/cpu.h"
+#include "plugins/block_linear/cpu.h"
 #include "plugins/infllmv2/cpu.h"
 #include "plugins/infllmv2/keep.h"
 #include "plugins/offload/exports.h"
@@ -64,23 +64,59 @@ struct SwiGlu : AllFloat {
   }
 };
 
-struct AddGroupOffsets {
-  static constexpr const char* name = "AddGroupOffsets";
-  static constexpr size_t inputs = 3, outputs = 1;
+// ONNX Runtime checks for null while it loads a model, but not in a step; there it expects exceptions.
+void* take(ort::Allocator*, size_t bytes) {
+  void* memory = edge::memory_pools().take(bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
 
-  static ort::ElementType input_type(size_t i) { return i == 2 ? ort::kFloat16 : ort::kFloat; }
+// What an operator works in, from where a step's tensors are.
+struct Workspace {
+  void* memory;
+
+  explicit Workspace(size_t bytes) : memory(take(nullptr, bytes)) {}
+  Workspace(const Workspace&) = delete;
+  ~Workspace() { edge::memory_pools().give_back(memory); }
+};
+
+template <bool kOffsets>
+struct BlockLinear {
+  static constexpr const char* name = kOffsets ? "BlockLinearOffsets" : "BlockLinear";
+  static constexpr size_t inputs = 3 + kOffsets, outputs = 1;
+  enum Input { kX, kCodes, kScales, kOffsetsInput };
+
+  static ort::ElementType input_type(size_t i) {
+    return i == kCodes ? ort::kUInt8 : i == kOffsetsInput ? ort::kFloat16 : ort::kFloat;
+  }
   static ort::ElementType output_type(size_t) { return ort::kFloat; }
 
-  explicit AddGroupOffsets(const void*) {}
+  int64_t bits, block, columns;
+
+  explicit BlockLinear(const void* info)
+      : bits(ort::int_attribute(info, "bits")),
+        block(ort::int_attribute(info, "block")),
+        columns(ort::int_attribute(info, "n")) {}
 
   void compute(void* context) {
-    const auto x = ort::input(context, 0), product = ort::input(context, 1), offsets = ort::input(context, 2);
-    edge::GroupOffsets a{};
-    a.x = x.as<float>(), a.product = product.as<float>(), a.offsets = offsets.as<edge::half>();
-    a.rows = product.rows(), a.columns = product.columns(), a.groups = offsets.rows();
-    a.group_size = x.columns() / a.groups;
-    a.y = static_cast<float*>(ort::output(context, 0, product.shape));
-    edge::add_group_offsets(a, ort::parallel(context));
+    const auto x = ort::input(context, kX);
+    edge::BlockLinear a{};
+    a.x = x.template as<float>(), a.rows = x.rows(), a.inputs = x.columns();
+    a.codes = ort::input(context, kCodes).template as<uint8_t>();
+    a.scales = ort::input(context, kScales).template as<float>();
+    if constexpr (kOffsets) a.offsets = ort::input(context, kOffsetsInput).template as<edge::half>();
+    a.outputs = columns, a.block = block;
+    a.y = static_cast<float*>(ort::output(context, 0, {a.rows, columns}));
+    const Workspace workspace(edge::rounded_bytes(a));
+    const auto run = [&](auto code_bits) {
+      edge::block_linear<code_bits(), kOffsets>(a, workspace.memory, ort::parallel(context));
+    };
+    if (bits == 2)
+      run(std::integral_constant<int, 2>{});
+    else if (bits == 4)
+      run(std::integral_constant<int, 4>{});
+    else
+      run(std::integral_constant<int, 8>{});
   }
 };
 
@@ -247,13 +283,6 @@ struct InfLlmV2Attention {
   }
 };
 
-// ONNX Runtime checks for null while it loads a model, but not in a step; there it expects exceptions.
-void* take(ort::Allocator*, size_t bytes) {
-  void* memory = edge::memory_pools().take(bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 // Offers the pools to every session of the process that asks for its environment's allocators.
 ort::Status* register_pools() {
   static bool is_registered = false;
@@ -277,7 +306,8 @@ EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   if (ort::api == nullptr) return nullptr;  // older than 1.17, which pyproject.toml rules out: the functions run
   if (auto* status = register_pools()) return status;
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
-                                ort::make_custom_op<SwiGlu>(), ort::make_custom_op<AddGroupOffsets>(),
+                                ort::make_custom_op<SwiGlu>(), ort::make_custom_op<BlockLinear<false>>(),
+                                ort::make_custom_op<BlockLinear<true>>(),
                                 ort::make_custom_op<PagedAttention<false>>(),
                                 ort::make_custom_op<PagedAttention<true>>(),
                                 ort::make_custom_op<InfLlmV2Attention<ort::kFloat>>(),

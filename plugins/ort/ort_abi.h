@@ -43,7 +43,7 @@ enum Slot : int {
 
 constexpr uint32_t kApiVersion = 17;
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
 
 // OrtCustomOp, version 16 of the struct: the first whose kernels can say that they failed.
 struct CustomOp {
