@@ -59,7 +59,7 @@ class Tokenizer:
     """Text to token ids and back. Make it with `Tokenizer.load`.
 
     As in Hugging Face, special tokens written out in a text become those tokens, in raw prompts and in the
-    content of chat messages alike: whoever passes on text of strangers must remove them first.
+    content of chat messages alike: text of strangers must go through `without_special_tokens` first.
     """
 
     model: tokenizers.Tokenizer
@@ -121,6 +121,12 @@ class Tokenizer:
         detokenizer = Detokenizer(self.decoder)
         pieces = [detokenizer.push(token_id) for token_id in ids]
         return "".join(pieces) + detokenizer.finish()
+
+    def without_special_tokens(self, text: str) -> str:
+        """Text of strangers with a space in whatever would become a special token, so that it stays text."""
+        for token in self.decoder.special_texts:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
 
     def render_chat(
         self,
