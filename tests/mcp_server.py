@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
+import anyio
 from mcp.server.mcpserver import MCPServer
 
 server = MCPServer(sys.argv[1] if len(sys.argv) > 1 else "sample")
@@ -37,10 +37,13 @@ def odd() -> str:
 
 
 @server.tool()
-def slow(mark: str) -> str:
-    """Sleep, and say in a file that it began."""
+async def slow(mark: str) -> str:
+    """Sleep, and say in files that it began, and that it was stopped."""
     Path(mark).write_text(str(os.getpid()))
-    time.sleep(30)
+    try:
+        await anyio.sleep(30)
+    finally:
+        Path(mark + ".stopped").touch()
     return "late"
 
 

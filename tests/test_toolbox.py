@@ -92,6 +92,10 @@ def test_ctrl_c_stops_a_call_and_not_the_server(toolbox: Toolbox, tmp_path: Path
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt):
         toolbox.call(ToolCall.of("slow", {"mark": str(mark)}))
+    deadline = time.monotonic() + 10
+    while not (stopped := Path(f"{mark}.stopped").exists()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stopped
     assert toolbox.call(ToolCall.of("add", {"a": 1, "b": 1})) == "The sum is 2."
 
 
