@@ -112,6 +112,10 @@ class Tokenizer:
             return [bos, *ids]
         return ids
 
+    def token_starts(self, text: str) -> list[int]:
+        """The character of `text` at which each of its tokens begins."""
+        return [start for start, _ in self.model.encode(text, add_special_tokens=False).offsets]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD.
 
