@@ -81,7 +81,7 @@ def mapreduce(
     replies = Replies(state or Path(f"edge-mapreduce-{key[:12]}.state"), key)
     if len(replies):
         note(f"{replies.path} has {len(replies)} replies already")
-    model = _Model(engine, load_tokenizer(engine), params, thinking, replies)
+    model = EngineReader(engine, load_tokenizer(engine), params, thinking, replies)
     try:
         with progress_bar("reading", quiet=json) as progress:
             result = answer_question(texts, question, model.reader(), progress, chunk_tokens=chunk_tokens)
@@ -119,7 +119,7 @@ def _key(
 
 
 @dataclass
-class _Model:
+class EngineReader:
     """Replies of the engine, or those that were kept."""
 
     engine: Engine
@@ -134,11 +134,12 @@ class _Model:
         return Reader(self.ask, self.prompt_tokens, self.tokenizer.token_starts, context, self.params.max_tokens)
 
     def prompt_tokens(self, message: str) -> int:
-        return len(self.tokenizer.encode(self._prompt(message), add_bos=self.tokenizer.settings.add_bos))
+        """Tokens of the message's prompt."""
+        return len(self.tokenizer.encode(self.prompt(message), add_bos=self.tokenizer.settings.add_bos))
 
     def ask(self, message: str) -> str:
         """The answer to a message, without the reasoning that may come before it."""
-        prompt = self._prompt(message)
+        prompt = self.prompt(message)
         reply = self.replies.get(prompt)
         if reply is None:
             reply = self._generate(prompt)
@@ -146,7 +147,8 @@ class _Model:
         events = parse_reply(reply, prompt=prompt)
         return "".join(event.text for event in events if isinstance(event, Content))
 
-    def _prompt(self, message: str) -> str:
+    def prompt(self, message: str) -> str:
+        """The message in the chat template; what it says of special tokens stays text."""
         content = self.tokenizer.without_special_tokens(message)
         return self.tokenizer.render_chat([{"role": "user", "content": content}], enable_thinking=self.thinking)
 

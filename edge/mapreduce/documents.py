@@ -68,7 +68,10 @@ def _cuts(text: str, most_tokens: int, starts: Sequence[int]) -> Iterator[tuple[
     """Ranges of characters that hold at most so many tokens, or one character."""
     begin = 0
     while begin < len(text):
-        after = bisect_left(starts, begin) + most_tokens
+        first = bisect_left(starts, begin)
+        if first and (first == len(starts) or starts[first] != begin):
+            first -= 1  # the last cut went through this token
+        after = first + most_tokens
         end = len(text) if after >= len(starts) else _boundary(text, begin, max(starts[after], begin + 1))
         yield begin, end
         begin = end
