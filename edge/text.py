@@ -183,6 +183,10 @@ class Tokenizer:
         )
         return self.encode(text, add_bos=self.settings.add_bos)
 
+    def may_think(self, enable_thinking: bool | None) -> bool:
+        """Whether the template has a thinking mode that is not switched off."""
+        return enable_thinking is not False and "enable_thinking" in _variables(self._chat_template())
+
     def _chat_template(self) -> str:
         if self.settings.chat_template is not None:
             return self.settings.chat_template

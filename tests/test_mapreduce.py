@@ -22,6 +22,7 @@ from edge.mapreduce.documents import Chunk, Document, split_document
 from edge.mapreduce.run import Reader, Result, answer_question
 from edge.mapreduce.state import Replies
 from edge.mapreduce.structured import (
+    FINDING_OPENING,
     NO_INFORMATION,
     Finding,
     collapse_prompt,
@@ -32,7 +33,8 @@ from edge.mapreduce.structured import (
 )
 from edge.sampler import SamplingParams
 from tests.command import EDGE, edge
-from tests.scripted_model import ASKED, write_scripted_bundle
+from tests.scripted_model import write_scripted_bundle
+from tests.test_chat_tools import FixedSession
 from tests.test_text import tokenizer_of
 from tests.test_tool_prompt import PLAIN as PLAIN_TEMPLATE
 
@@ -133,8 +135,9 @@ def test_prompts_hold_texts_as_they_are(question: str, text: str) -> None:
 def scripted(replies: Callable[[str], str], context: int, reply: int = 8) -> tuple[Reader, list[str]]:
     asked: list[str] = []
 
-    def ask(message: str) -> str:
+    def ask(message: str, opening: str) -> str:
         assert words(message) + reply <= context, "a prompt is longer than the context"
+        assert f"Write exactly this:\n{opening}" in message
         asked.append(message)
         return replies(message)
 
@@ -239,7 +242,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     def reader_of(kept: Replies, stop_after: int) -> tuple[Reader, list[str]]:
         made: list[str] = []
 
-        def ask(message: str) -> str:
+        def ask(message: str, opening: str) -> str:
             reply = kept.get(message)
             if reply is None:
                 if len(made) == stop_after:
@@ -287,13 +290,13 @@ def test_a_state_file_is_whole_or_refused(tmp_path: Path) -> None:
 
 # The command
 
-# In another order than findings are written in, or they would be the same single token.
-REPLY = "Rationale: it says so\nExtracted Information: he is 12\nAnswer: He is twelve.\nConfidence Score: 4"
+# What follows the opening's last token, of a finding and of the answer alike.
+REPLY = " he is 12\nAnswer: He is twelve.\nConfidence Score: 4"
 
 
 @pytest.fixture(scope="module")
 def reader_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scripted_bundle(tmp_path_factory.mktemp("reader"), {ASKED: REPLY}, context=8192)
+    return write_scripted_bundle(tmp_path_factory.mktemp("reader"), {":": REPLY}, context=8192)
 
 
 @pytest.fixture
@@ -309,7 +312,7 @@ def test_a_real_model_through_the_command(reader_bundle: Path, book: Path, tmp_p
     result = edge(*asked, "--json", "--state", tmp_path / "kept", "--context", 3000)
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
-    assert values["answer"] == "He is twelve." and values["confidence"] == 4 and values["rationale"] == "it says so"
+    assert values["answer"] == "He is twelve." and values["confidence"] == 4 and values["rationale"] == "he is 12"
     assert values["chunks"] == len(values["sources"]) > 8 and values["resumed"] == 0
     assert values["collapsed"] and values["sources"][0]["lines"][0] == 1
     halves = [source["lines"] for source in values["sources"]]
@@ -330,7 +333,27 @@ def test_special_tokens_of_a_document_stay_text(tmp_path: Path) -> None:
     ids = tokenizer.encode(reader.prompt(message), add_bos=False)
     special = [tokenizer.model.id_to_token(i) for i in ids if i in tokenizer.decoder.special_ids]
     assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]  # the template's own
-    assert reader.prompt_tokens(message) == len(ids) + 1  # and the first of all
+    assert reader.prompt_tokens(message) == len(
+        tokenizer.encode(reader.prompt(message) + FINDING_OPENING, add_bos=True)
+    )
+
+
+def test_a_model_that_may_think_begins_as_it_likes(tmp_path: Path) -> None:
+    """The opening is written for others; reasoning is no part of a reply."""
+    thinks = PLAIN_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}{% endif %}"
+    for template, thinking, opening in (
+        (PLAIN_TEMPLATE, None, FINDING_OPENING),
+        (PLAIN_TEMPLATE + "<think>", None, ""),
+        (thinks, None, ""),
+        (thinks, True, ""),
+        (thinks, False, FINDING_OPENING),
+    ):
+        session = FixedSession(["hm</think>Answer: 12" if template.endswith("<think>") else "Answer: 12"])
+        tokenizer = tokenizer_of("byte_level", template)
+        kept = Replies(tmp_path / str(len(list(tmp_path.iterdir()))), "k")
+        reader = EngineReader(session, tokenizer, SamplingParams(), thinking, kept)  # type: ignore[arg-type]
+        assert reader.ask("x", FINDING_OPENING) == opening + "Answer: 12"
+        assert session.prompts[0].endswith(("<think>" if template.endswith("<think>") else "assistant\n") + opening)
 
 
 def test_ctrl_c_keeps_what_is_done(reader_bundle: Path, book: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edge.chat_format.reply import Content, parse_reply
+from edge.chat_format.reply import Content, opened_reasoning, parse_reply
 from edge.cli import options as opt
 from edge.cli.console import note, print_json, progress_bar, write
 from edge.cli.generate import load_tokenizer, read_text
@@ -19,7 +19,7 @@ from edge.errors import UsageError
 from edge.mapreduce.documents import Document
 from edge.mapreduce.run import Reader, Result, answer_question
 from edge.mapreduce.state import Replies, key_of
-from edge.mapreduce.structured import MOST_CONFIDENCE
+from edge.mapreduce.structured import FINDING_OPENING, MOST_CONFIDENCE
 from edge.sampler import SamplingParams
 from edge.stream import TextStream
 from edge.text import Tokenizer
@@ -44,6 +44,7 @@ def mapreduce(
     chunk_tokens: ChunkTokens = None,
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
     thinking: opt.Thinking = None,
     context: opt.Context = None,
@@ -76,7 +77,8 @@ def mapreduce(
     engine = opt.load_engine(
         bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload, speculative=speculative
     )
-    params = opt.sampling_params({}, temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    chosen = {"repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens}
+    params = opt.sampling_params({}, temperature=temperature, top_p=top_p, **chosen)
     key = _key(engine, texts, question, params, chunk_tokens, thinking)
     replies = Replies(state or Path(f"edge-mapreduce-{key[:12]}.state"), key)
     if len(replies):
@@ -134,18 +136,20 @@ class EngineReader:
         return Reader(self.ask, self.prompt_tokens, self.tokenizer.token_starts, context, self.params.max_tokens)
 
     def prompt_tokens(self, message: str) -> int:
-        """Tokens of the message's prompt."""
-        return len(self.tokenizer.encode(self.prompt(message), add_bos=self.tokenizer.settings.add_bos))
+        """Tokens of the message's prompt, with the longest opening."""
+        prompt = self.prompt(message) + FINDING_OPENING
+        return len(self.tokenizer.encode(prompt, add_bos=self.tokenizer.settings.add_bos))
 
-    def ask(self, message: str) -> str:
-        """The answer to a message, without the reasoning that may come before it."""
+    def ask(self, message: str, opening: str) -> str:
+        """The reply to a message, without the reasoning that may come first, which takes the place of an opening."""
         prompt = self.prompt(message)
-        reply = self.replies.get(prompt)
+        opening = "" if self.tokenizer.may_think(self.thinking) or opened_reasoning(prompt) else opening
+        reply = self.replies.get(prompt + opening)
         if reply is None:
-            reply = self._generate(prompt)
-            self.replies.keep(prompt, reply)
-        events = parse_reply(reply, prompt=prompt)
-        return "".join(event.text for event in events if isinstance(event, Content))
+            reply = self._generate(prompt + opening)
+            self.replies.keep(prompt + opening, reply)
+        events = parse_reply(reply, prompt=prompt + opening)
+        return opening + "".join(event.text for event in events if isinstance(event, Content))
 
     def prompt(self, message: str) -> str:
         """The message in the chat template; what it says of special tokens stays text."""
@@ -154,7 +158,7 @@ class EngineReader:
 
     def _generate(self, prompt: str) -> str:
         ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.settings.add_bos)
-        stream, text = TextStream(self.tokenizer), ""
+        stream, text = TextStream(self.tokenizer, after_prompt=True), ""
         with contextlib.closing(self.engine.generate(ids, self.params)) as events:
             for event in events:
                 text += "" if event.finish_reason == "stop" else stream.push(event.token_id)

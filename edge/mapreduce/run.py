@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from edge.errors import EdgeError, UsageError
 from edge.mapreduce.documents import Chunk, Document, TokenStarts, split_document
 from edge.mapreduce.structured import (
+    ANSWER_OPENING,
+    FINDING_OPENING,
     NO_INFORMATION,
     Finding,
     collapse_prompt,
@@ -24,7 +26,7 @@ _FEWEST_CHUNK_TOKENS = 32
 class Reader:
     """The model, as far as this needs it."""
 
-    ask: Callable[[str], str]  # a user's message -> the reply
+    ask: Callable[[str, str], str]  # a user's message and the reply's first words -> the reply, with these
     prompt_tokens: Callable[[str], int]  # tokens of that message in its prompt
     token_starts: TokenStarts
     context: int  # tokens of a prompt and its reply together
@@ -66,10 +68,10 @@ def answer_question(
     check_room(len(chunks), question, reader)
     done = 0
 
-    def ask(message: str, following: int) -> str:
+    def ask(message: str, following: int, opening: str = FINDING_OPENING) -> str:
         nonlocal done
         progress(done, done + following)
-        reply = reader.ask(message)
+        reply = reader.ask(message, opening)
         done += 1
         progress(done, done + following - 1)
         return reply
@@ -100,7 +102,7 @@ def answer_question(
     if not findings:
         return Result(Finding("", "", NO_INFORMATION, 0.0), chunks, tuple(mapped), tuple(rounds))
     used = tuple(i for finding in findings for i in finding.chunks)
-    final = parse_finding(ask(reduce_prompt(question, findings), 1), used)
+    final = parse_finding(ask(reduce_prompt(question, findings), 1, ANSWER_OPENING), used)
     return Result(final, chunks, tuple(mapped), tuple(rounds))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 NO_INFORMATION = "[NO INFORMATION]"
 MOST_CONFIDENCE = 5.0
+# A reply's first words, with which a model is helped to begin.
+FINDING_OPENING, ANSWER_OPENING = "Extracted Information:", "Rationale:"
 _FORMAT = "Extracted Information:\nRationale:\nAnswer:\nConfidence Score:"
 _SCALE = (
     f"a confidence score from 0 to {MOST_CONFIDENCE:.0f}: {MOST_CONFIDENCE:.0f} if the text says it outright, about 3 "
