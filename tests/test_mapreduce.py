@@ -211,6 +211,12 @@ def test_what_says_nothing_in_the_end_is_left_out() -> None:
     assert NO_INFORMATION not in asked[-1] and 0 < len(result.sources) < 20 == len(result.chunks)
 
 
+@pytest.mark.parametrize("last, answer", [("Rationale: he was 12 then", "he was 12 then"), ("", NO_INFORMATION)])
+def test_a_last_reply_without_an_answer(last: str, answer: str) -> None:
+    reader, _ = scripted(lambda message: last if "final answer" in message else finding("12", 4), 400)
+    assert run("a b c", reader)[0].finding.answer == answer
+
+
 def test_nothing_found_needs_no_reduce() -> None:
     reader, asked = scripted(lambda message: f"Answer: {NO_INFORMATION}", 400)
     result, _ = run("a b c", reader)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge.errors import EdgeError, UsageError
 from edge.mapreduce.documents import Chunk, Document, TokenStarts, split_document
@@ -103,6 +103,8 @@ def answer_question(
         return Result(Finding("", "", NO_INFORMATION, 0.0), chunks, tuple(mapped), tuple(rounds))
     used = tuple(i for finding in findings for i in finding.chunks)
     final = parse_finding(ask(reduce_prompt(question, findings), 1, ANSWER_OPENING), used)
+    if not final.answer:  # cut short, or not in the format: what there is
+        final = replace(final, answer=final.rationale or NO_INFORMATION)
     return Result(final, chunks, tuple(mapped), tuple(rounds))
 
 
