@@ -77,6 +77,15 @@ def test_cuts_come_after_paragraphs_sentences_and_words() -> None:
     assert pieces(" \n ", 3) == [] == pieces("", 3)
 
 
+def test_long_words_and_real_tokens() -> None:
+    """Tokens longer than any on average, and bytes of characters that are several tokens each."""
+    assert pieces("x" * 100 + " " + "y" * 20, 2) == ["x" * 32] * 3 + ["x" * 4 + " " + "y" * 20]
+    tokenizer = tokenizer_of("byte_level")
+    text = "Café 日本語 🤖🤖 and so on. " * 40
+    chunks = [c.text for c in split_document(Document("d", text), 11, tokenizer.token_starts, lambda part: True)]
+    assert "".join(chunks) == text and all(len(tokenizer.encode(c, add_bos=False)) <= 12 for c in chunks)
+
+
 def test_lines_of_a_chunk() -> None:
     document = Document("d", "one\n\ntwo\nthree\n\nfour")
     assert Chunk(document, 3, 15).lines == (3, 4) and Chunk(document, 0, 3).lines == (1, 1)

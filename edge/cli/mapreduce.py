@@ -73,14 +73,16 @@ def mapreduce(
         raise UsageError("--question is empty; give at least one word")
     texts = [Document(str(path), read_text(path)) for path in documents]
     if state is not None:
-        opt.check_output(state)
+        opt.check_output(state)  # before the model is loaded
     engine = opt.load_engine(
         bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload, speculative=speculative
     )
     chosen = {"repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens}
     params = opt.sampling_params({}, temperature=temperature, top_p=top_p, **chosen)
     key = _key(engine, texts, question, params, chunk_tokens, thinking)
-    replies = Replies(state or Path(f"edge-mapreduce-{key[:12]}.state"), key)
+    path = state or Path(f"edge-mapreduce-{key[:12]}.state")
+    opt.check_output(path)
+    replies = Replies(path, key)
     if len(replies):
         note(f"{replies.path} has {len(replies)} replies already")
     model = EngineReader(engine, load_tokenizer(engine), params, thinking, replies)

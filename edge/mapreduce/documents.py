@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ TokenStarts = Callable[[str], Sequence[int]]  # a text -> the character at which
 Fits = Callable[[str], bool]
 # Where a text may be cut, best first: after a paragraph, a sentence, a line, a word.
 _BOUNDARIES = (r"\n\s*\n\s*", r"[.!?]['\")\]]*\s+|[。！？；]['\"”’）]*\s*", r"\n", r"\s+")
+
+_CHARACTERS_A_TOKEN = 16  # more than in any text, on average
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def split_document(document: Document, most_tokens: int, token_starts: TokenStar
 
     A chunk that does not fit after all, since in its prompt it is other tokens, is halved.
     """
-    for start, end in _cuts(document.text, most_tokens, token_starts(document.text)):
+    for start, end in _cuts(document.text, most_tokens, token_starts):
         yield from _fitting(Chunk(document, start, end), fits)
 
 
@@ -59,27 +60,33 @@ def _fitting(chunk: Chunk, fits: Fits) -> Iterator[Chunk]:
     if fits(text) or len(text) == 1:
         yield chunk
         return
-    middle = chunk.start + _boundary(text, 0, (len(text) + 1) // 2)
+    middle = chunk.start + _boundary(text, (len(text) + 1) // 2)
     yield from _fitting(Chunk(chunk.document, chunk.start, middle), fits)
     yield from _fitting(Chunk(chunk.document, middle, chunk.end), fits)
 
 
-def _cuts(text: str, most_tokens: int, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of characters that hold at most so many tokens, or one character."""
+def _cuts(text: str, most_tokens: int, token_starts: TokenStarts) -> Iterator[tuple[int, int]]:
+    """Ranges of characters that hold at most so many tokens, or one character.
+
+    Only what may belong to the next range is tokenized: a list of all tokens of a long text takes more than the text.
+    """
     begin = 0
     while begin < len(text):
-        first = bisect_left(starts, begin)
-        if first and (first == len(starts) or starts[first] != begin):
-            first -= 1  # the last cut went through this token
-        after = first + most_tokens
-        end = len(text) if after >= len(starts) else _boundary(text, begin, max(starts[after], begin + 1))
-        yield begin, end
-        begin = end
+        window = text[begin : begin + most_tokens * _CHARACTERS_A_TOKEN]
+        starts = token_starts(window)
+        if len(starts) > most_tokens:
+            length = _boundary(window, max(starts[most_tokens], 1))
+        elif begin + len(window) < len(text):
+            length = _boundary(window, len(window))
+        else:
+            length = len(window)
+        yield begin, begin + length
+        begin += length
 
 
-def _boundary(text: str, begin: int, end: int) -> int:
+def _boundary(text: str, end: int) -> int:
     """The best place for a cut in the last quarter before `end`; `end` if there is none."""
-    window = begin + (end - begin) * 3 // 4
+    window = end * 3 // 4
     for pattern in _BOUNDARIES:
         places = [match.end() for match in re.finditer(pattern, text[window:end])]
         if places:
