@@ -53,8 +53,8 @@ def engine(tiny_bundle: Path) -> Engine:
 
 def decoding(engine: Engine, burst: int) -> Engine:
     """The engine with another burst; its executor may be wrapped already."""
-    if isinstance(engine._executor, Decoding):
-        engine._executor = engine._executor.inner
+    if isinstance(engine.executor, Decoding):
+        engine.executor = engine.executor.inner
     assert isinstance(Decoding(engine, burst), DecodingExecutor)
     return engine
 
@@ -67,8 +67,8 @@ SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penal
 def test_bursts_of_any_length_give_the_host_loops_tokens(engine: Engine, burst: int, length: int, tokens: int) -> None:
     params = replace(GREEDY, max_tokens=tokens)
     on_device = reply(decoding(engine, burst), prompt(length), params)
-    assert sum(engine._executor.bursts) == tokens - 1 and max(engine._executor.bursts, default=0) <= burst
-    engine._executor = engine._executor.inner
+    assert sum(engine.executor.bursts) == tokens - 1 and max(engine.executor.bursts, default=0) <= burst
+    engine.executor = engine.executor.inner
     assert on_device == reply(engine, prompt(length), params)
 
 
@@ -111,7 +111,7 @@ def test_logits_without_a_choice_are_an_error(engine: Engine) -> None:
     with pytest.raises(EdgeError, match="no logit is finite"):
         draw.first(np.full(16, -np.inf, np.float32), [1])
     decoding(engine, 4)
-    engine._executor.decode = lambda batch, params, count: np.full((count, 1), -1, np.int32)  # type: ignore[method-assign]
+    engine.executor.decode = lambda batch, params, count: np.full((count, 1), -1, np.int32)  # type: ignore[method-assign]
     with pytest.raises(EdgeError, match="no logit is finite"):
         reply(engine, prompt(4))
 

@@ -57,7 +57,7 @@ def offers(bundle: Bundle, options: EngineOptions) -> tuple[str, EngineOptions |
 
 def test_a_page_is_what_the_executor_allocates(tiny_bundle: Path, bundle: Bundle) -> None:
     engine = open_engine(tiny_bundle, EngineOptions(context=640))
-    pools = engine._executor._pools  # type: ignore[attr-defined]
+    pools = engine.executor._pools  # type: ignore[attr-defined]
     planned = engine.plan.bytes("kv cache") + engine.plan.bytes("compressed keys")
     assert sum(pool.numpy().nbytes for pool in pools) == planned == 10 * page(bundle)
 
