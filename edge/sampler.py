@@ -108,6 +108,18 @@ def apply_repetition_penalty(logits: Logits, seen_ids: Ids, penalty: float) -> L
     return logits
 
 
+def sampling_params(defaults: Mapping[str, Any], **chosen: Any) -> SamplingParams:
+    """What the user chose, then the model's generation_config, then greedy. A greedy choice drops the filters."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    values: dict[str, Any] = {name: defaults[name] for name in names if defaults.get(name) is not None}
+    if defaults.get("do_sample") is False:
+        values.pop("temperature", None)
+    values.update({name: value for name, value in chosen.items() if value is not None})
+    if "stop" in values:
+        values["stop"] = tuple(values["stop"])
+    return SamplingParams(**values)
+
+
 class LogitEdits:
     """What a request adds to logits before anything is drawn from them: its bias, and penalties on what it said."""
 

@@ -1,4 +1,4 @@
-"""Many requests on one engine: none is lost, mixed up or starved, no page leaks, and replies are those of single runs."""
+"""Many requests on one engine: none is lost, mixed or starved, no page leaks, and replies are those of single runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,14 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from edge.bundle import Bundle, open_bundle
+from edge.config import LongRope, SparseConfig
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError
 from edge.executor import StepBatch, StepResult
 from edge.memory.run import Run
 from edge.plan import EngineOptions, Plan
 from edge.sampler import SamplingParams
+from edge.scheduler import Sequence as ScheduledSequence
 from edge.serving.batcher import Batcher, BatchLimits
 from edge.serving.request import Request, Ticket
 from plugins import PAGE_TOKENS
@@ -275,7 +276,7 @@ def test_who_does_not_read_pauses_and_makes_room(bundle: Bundle) -> None:
 
 def test_what_can_never_be_served_is_refused_with_a_sentence(bundle: Bundle) -> None:
     batcher = Batcher(fake_engine(bundle, 8), BatchLimits())
-    with pytest.raises(EdgeError, match="200 tokens, which with the 57 of the reply are 257.*limited to 256"):
+    with pytest.raises(EdgeError, match=r"200 tokens, which with the 57 of the reply are 257.*limited to 256"):
         batcher.check(Request(prompt_ids(200, 0), SamplingParams(max_tokens=57)))
     batcher.check(Request(prompt_ids(200, 0), SamplingParams(max_tokens=56)))
 
@@ -301,24 +302,15 @@ def test_an_error_of_one_step_ends_its_requests_and_no_others(bundle: Bundle) ->
     assert engine.cache.free_pages == 16
 
 
-SPARSE: dict[str, Any] = {
-    "kernel_size": 32,
-    "kernel_stride": 16,
-    "init_blocks": 1,
-    "block_size": 64,
-    "window_size": 64,
-    "topk": 3,
-    "use_nope": False,
-    "dense_len": 192,
-}
+SPARSE = SparseConfig(topk=2, window_size=64, dense_len=256)  # 3 blocks
 
 
 @pytest.fixture(scope="module")
 def sparse_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from edge.config import SparseConfig
-
+    """Rotated by the long list from 201 tokens on, sparse from 256 on."""
     folder = tmp_path_factory.mktemp("serving")
-    config = tiny_config(tie_word_embeddings=False, sparse=SparseConfig(**SPARSE))
+    rope = LongRope((1.0,) * 8, tuple(4.0 + i for i in range(8)), 200)
+    config = tiny_config(tie_word_embeddings=False, long_rope=rope, sparse=SPARSE)
     write_hf_checkpoint(folder / "checkpoint", config, tokenizer=True)
     return export_bundle(
         open_checkpoint(folder / "checkpoint"), folder / "bundle", ExportOptions(weights=WeightFormat("exact"))
@@ -358,6 +350,27 @@ def test_a_batch_gives_the_replies_of_single_runs(
     if speculative == "lookup":
         assert sum(r.ticket.statistics.speculated.accepted for r in readers) > 0  # type: ignore[union-attr]
     assert len(engine.cache._free) + engine.cache.cached_pages == 9
+
+
+def test_an_interrupted_reply_is_computed_again_as_it_was(sparse_bundle: Path) -> None:
+    """Its tokens were dense up to a length and sparse from there on; a step of many would compute all in one way."""
+    engine = open_engine(sparse_bundle, EngineOptions(context=384, chunk=96, threads=2, prefix_cache=False))
+    sequence = ScheduledSequence(engine.cache.open())
+    generation = engine.begin(sequence, prompt_ids(150, 3), SamplingParams(max_tokens=150, ignore_eos=True))
+    while generation.taken < 149:
+        engine.step([generation])
+        while generation.ready:
+            engine.take(generation)
+    pages = engine.executor.save_pages(engine.cache.pages(sequence.cache_id)).view(np.float32).copy()
+    engine.forget(sequence)
+    assert not engine.cache.pages(sequence.cache_id)
+    engine.reuse(sequence, sequence.tokens, 150)
+    while not generation.ready:
+        engine.step([generation])
+    again = engine.executor.save_pages(engine.cache.pages(sequence.cache_id)).view(np.float32)
+    assert pages.shape == again.shape
+    difference = np.abs(pages - again)[:4]  # whole pages
+    assert difference.max() < 1e-4 * np.abs(pages[:4]).max()
 
 
 def test_choices_share_their_prompt(bundle: Bundle, tiny_bundle: Path) -> None:

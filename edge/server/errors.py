@@ -1,0 +1,97 @@
+"""Failures as OpenAI's clients expect them: a status, and a body with message, type, param and code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from edge.errors import EdgeError
+from edge.serving.batcher import QueueFullError
+
+
+class Json(JSONResponse):
+    """A body of UTF-8, whatever a client's text had in it: half a character becomes a question mark."""
+
+    def render(self, content: Any) -> bytes:
+        """See JSONResponse."""
+        return dumps(content).encode("utf-8", "replace")
+
+
+def dumps(value: Any) -> str:
+    """JSON in one line."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class ApiError(Exception):
+    """A refusal. param: the field it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI has it."""
+        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Json:
+        """The whole answer."""
+        return Json(self.body(), self.status, headers=dict(self.headers or {}))
+
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def of_edge_error(error: EdgeError, status: int = 400) -> ApiError:
+    """Whatever the runtime refuses is the request's fault unless `status` says otherwise."""
+    code = "context_length_exceeded" if "the context is limited" in str(error) else None
+    return ApiError(status, str(error), code)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure in this form."""
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Json:
+        return error.response()
+
+    @app.exception_handler(EdgeError)
+    async def wrong(request: Request, error: EdgeError) -> Json:
+        assert not isinstance(error, QueueFullError)
+        return of_edge_error(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Json:
+        return _malformed(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Json:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def internal(request: Request, error: Exception) -> Json:
+        return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more").response()
+
+
+def _malformed(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', first['msg'])})")
+    where = ".".join(place)
+    message = f"{where}: {first['msg']}" if where else f"the body is not what is expected here: {first['msg']}"
+    return ApiError(400, message, param=where or None)
