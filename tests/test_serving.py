@@ -17,6 +17,7 @@ from build_engine.checkpoint import open_checkpoint
 from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from edge.bundle import Bundle, open_bundle
+from edge.chooser import TokenLogprobs
 from edge.config import LongRope, SparseConfig
 from edge.engine import Engine, open_engine
 from edge.errors import EdgeError
@@ -96,9 +97,11 @@ class Reader:
         self.ticket = ticket
         self.tokens: list[int] = []
         self.reason: str | None = None
+        self.of_prompt: tuple[TokenLogprobs, ...] = ()
 
     def read(self) -> None:
         for output in self.ticket.outbox.take():
+            self.of_prompt = self.of_prompt or output.prompt_logprobs
             assert self.reason is None, "an output came after the end"
             self.tokens += [event.token_id for event in output.tokens]
             self.reason = output.finish_reason
@@ -395,7 +398,7 @@ def test_logprobs_of_a_prompt_are_the_teacher_forced_ones(tiny_bundle: Path) -> 
         ids = reader.ticket.request.prompt_ids
         logits = engine.logits(ids, len(ids)).astype(np.float64)
         wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        found = reader.ticket.prompt_logprobs
+        found = reader.of_prompt
         assert len(found) == 99
         assert np.allclose([x.logprob for x in found], [wanted[i, ids[i + 1]] for i in range(99)], atol=1e-4)
         assert [x.top[0][0] for x in found] == wanted.argmax(1)[:-1].tolist()

@@ -22,13 +22,14 @@ from edge.cli.logits import logits
 from edge.cli.plan import plan
 from edge.cli.quantize import quantize
 from edge.cli.selftest import selftest
+from edge.cli.serve import serve
 from edge.errors import EdgeError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="edge",
-    help="On-device runtime for MiniCPM4: plan, quantise, export, build engines, run, chat, measure.\n\n"
+    help="On-device runtime for MiniCPM4: plan, quantise, export, build engines, run, chat, serve, measure.\n\n"
     "Add --debug to any command to see where an error came from.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,6 +42,7 @@ app.command("build")(build)
 app.command("run")(run)
 app.command("chat")(chat)
 app.command("logits")(logits)
+app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)

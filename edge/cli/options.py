@@ -15,6 +15,7 @@ from edge.engine import Engine, open_engine
 from edge.errors import UsageError
 from edge.machine import usable_cores
 from edge.plan import EngineOptions
+from edge.sampler import sampling_params as sampling_params
 
 BundlePath = Annotated[Path, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")]
 Context = Annotated[
@@ -53,6 +54,7 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that already occurred.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
+Sequences = Annotated[int, typer.Option(min=1, max=256, help="Requests computed at once, at most.")]
 Save = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Keep the conversation and its KV cache in this file at the end.")
 ]

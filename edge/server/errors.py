@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from edge.errors import EdgeError
+from edge.server.protocol import Body
 from edge.serving.batcher import QueueFullError
+
+log = logging.getLogger("edge.server")
 
 
 class Json(JSONResponse):
@@ -21,6 +25,16 @@ class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         """See JSONResponse."""
         return dumps(content).encode("utf-8", "replace")
+
+
+def ignored_fields(body: Body) -> dict[str, str]:
+    """A header that names what a body had and nobody read."""
+    if not body.ignored:
+        return {}
+    names = ", ".join(body.ignored)[:1000]
+    log.warning("ignored", extra={"facts": {"fields": names}})
+    visible = "".join(c if " " <= c <= "~" else "?" for c in names)  # a header has no other characters
+    return {"X-Ignored-Fields": visible.strip()}
 
 
 def dumps(value: Any) -> str:

@@ -245,14 +245,18 @@ class Batcher:
                     text += stream.finish()
                 if stream.stopped is not None:
                     reason = "stop"
+        if not events and generation.error is None:
+            return
+        of_prompt = tuple(generation.prompt_logprobs) if ticket.statistics.first_token is None else ()
         if events:
             self._observe(ticket, len(events))
-        if reason is not None:
-            self._end(ticket, reason, events=events, text=text)
-        elif generation.error is not None:
-            self._end(ticket, "error", generation.error, events, text)
-        elif events:
-            ticket.outbox.put(Output(tuple(events), text))
+        if reason is None and generation.error is not None:
+            reason = "error"
+        output = Output(tuple(events), text, reason, generation.error if reason == "error" else None, of_prompt)
+        if reason is None:
+            ticket.outbox.put(output)
+        else:
+            self._finish(ticket, output)
 
     def _observe(self, ticket: Ticket, count: int) -> None:
         statistics, now = ticket.statistics, self.clock()
@@ -264,23 +268,18 @@ class Batcher:
         else:
             self._observer.tokens(count, now - last)
 
-    def _end(
-        self,
-        ticket: Ticket,
-        reason: str,
-        error: EdgeError | None = None,
-        events: Sequence[TokenEvent] = (),
-        text: str = "",
-    ) -> None:
+    def _end(self, ticket: Ticket, reason: str, error: EdgeError | None = None) -> None:
+        self._finish(ticket, Output(finish_reason=reason, error=error))
+
+    def _finish(self, ticket: Ticket, output: Output) -> None:
+        """Its last output; its pages are free, and what it had computed stays in the prefix cache."""
         if ticket in self.running:
             self.running.remove(ticket)
         else:
             self.queue.remove(ticket)
         if ticket.sequence is not None:
             self.engine.cache.close(ticket.sequence.cache_id)
-        if ticket.generation is not None:
-            ticket.prompt_logprobs = tuple(ticket.generation.prompt_logprobs)
         ticket.sequence = ticket.generation = ticket.stream = None
-        ticket.finish_reason, ticket.statistics.finished = reason, self.clock()
+        ticket.finish_reason, ticket.statistics.finished = output.finish_reason, self.clock()
         self._observer.finished(ticket)
-        ticket.outbox.put(Output(tuple(events), text, reason, error))
+        ticket.outbox.put(output)

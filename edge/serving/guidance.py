@@ -14,7 +14,9 @@ import numpy as np
 from edge.chooser import Constraint
 from edge.errors import EdgeError, UsageError
 
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{0,16}"}  # more would let a model write spaces until the reply is full
+_JSON_OPTIONS: Any = {
+    "whitespace_pattern": r"[ \n]{0,16}"
+}  # more would let a model write spaces until the reply is full
 
 
 class GrammarConstraint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from edge.chooser import Constraint, TokenLogprobs
@@ -37,6 +37,7 @@ class Request:
 class Output:
     """What a step brought: tokens, and the text that is certain with them (the end token has none).
 
+    prompt_logprobs: in the first output with tokens, if they were asked for; of all tokens of the prompt but the first.
     finish_reason: None while there is more; 'stop' and 'length' are a reply's own ends, the others are 'abort'
     (cancelled), 'timeout' and 'error', which `error` explains.
     """
@@ -45,6 +46,7 @@ class Output:
     text: str = ""
     finish_reason: str | None = None
     error: EdgeError | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass
@@ -106,8 +108,8 @@ def _nothing() -> None:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way through the queue and the batch. The reader uses `outbox`, `statistics` and, at the end,
-    `prompt_logprobs`; the rest belongs to the batcher.
+    """A request on its way through the queue and the batch. The reader uses `outbox` and `statistics`; the rest belongs
+    to the batcher.
 
     number: in order of arrival. after: another choice of the same prompt, whose prefill this one waits for.
     """
@@ -121,7 +123,6 @@ class Ticket:
     generation: Generation | None = None
     stream: TextStream | None = None
     finish_reason: str | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] = field(default=())
 
     @property
     def deadline(self) -> float | None:
