@@ -16,6 +16,8 @@ from edge.errors import EdgeError
 from edge.executor import DecodingExecutor, DrawParams, StepBatch
 from edge.plan import EngineOptions
 from edge.sampler import Sampler, SamplingParams, apply_repetition_penalty
+from edge.serving.batcher import Batcher, BatchLimits
+from edge.serving.request import Request
 from plugins.sampling.meaning import DecodeState, SamplingInputs, advance, mark_seen, sample
 from tests.test_engine import GREEDY, prompt, reply
 from tests.wrapped_executor import WrappedExecutor
@@ -171,3 +173,31 @@ def test_a_session_saved_inside_a_burst_has_what_was_taken_of_it(tiny_bundle: Pa
     assert reply(engine, again) == expected
     with pytest.raises(RuntimeError, match="ended by a later one"):
         next(replies)
+
+
+def test_bursts_of_several_requests_give_each_its_own_tokens(tiny_bundle: Path) -> None:
+    """Some end early, some are sampled, one wants log-probabilities, which a device does not give."""
+    options = EngineOptions(context=192, chunk=64, sequences=4)
+    single = open_engine(tiny_bundle, options)
+    engine = open_engine(tiny_bundle, options)
+    wrapped = [Decoding(single, 16), Decoding(engine, 16)]
+    batcher = Batcher(engine, BatchLimits(sequences=4))
+    more = [{}, {"temperature": 0.9, "seed": 4, "repetition_penalty": 1.2}, {"temperature": 0.7, "seed": 8}, {}]
+    requests = [
+        Request(tuple(prompt(20 + 9 * i, i)), SamplingParams(max_tokens=9 + 11 * i, ignore_eos=i != 3, **values))
+        for i, values in enumerate(more)
+    ]
+    listed = Request(requests[0].prompt_ids, replace(requests[0].params, logprobs=2))
+    for batch in (requests, [*requests, listed]):
+        tickets = [batcher.ticket(request) for request in batch]
+        for ticket in tickets:
+            batcher.add(ticket)
+        while batcher.running or len(batcher.queue):
+            batcher.step()
+        for ticket in tickets:
+            events = [event for output in ticket.outbox.take() for event in output.tokens]
+            wanted = list(single.generate(ticket.request.prompt_ids, ticket.request.params))
+            assert [event.token_id for event in events] == [event.token_id for event in wanted]
+            assert events[-1].finish_reason == wanted[-1].finish_reason
+            assert all((event.logprobs is None) == (ticket.request is not listed) for event in events)
+    assert max(wrapped[1].bursts) > 1 and engine.cache.free_pages == engine.cache.num_pages
