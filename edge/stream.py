@@ -84,6 +84,12 @@ class TokenDecoder:
                     raise _unsupported(steps)
         return TokenDecoder(model, special_ids, replacements=tuple(replacements), **fields)
 
+    @property
+    def special_texts(self) -> list[str]:
+        """How the special tokens are written, the longest first."""
+        texts = {self.model.id_to_token(token_id) or "" for token_id in self.special_ids}
+        return sorted(texts - {""}, key=lambda text: (-len(text), text))
+
     def piece(self, token_id: int) -> bytes | str | None:
         """Bytes (which may be part of a character), or text, or None for a token that is not shown."""
         token = self.model.id_to_token(token_id)

@@ -12,12 +12,15 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
 from edge.bundle import CHAT_TEMPLATE, TOKENIZER
+from edge.chat_format.messages import template_messages
+from edge.chat_format.tools import Tool
 from edge.errors import EdgeError, UsageError
 from edge.stream import Detokenizer, TokenDecoder
 
@@ -56,7 +59,7 @@ class Tokenizer:
     """Text to token ids and back. Make it with `Tokenizer.load`.
 
     As in Hugging Face, special tokens written out in a text become those tokens, in raw prompts and in the
-    content of chat messages alike: whoever passes on text of strangers must remove them first.
+    content of chat messages alike: text of strangers must go through `without_special_tokens` first.
     """
 
     model: tokenizers.Tokenizer
@@ -119,28 +122,38 @@ class Tokenizer:
         pieces = [detokenizer.push(token_id) for token_id in ids]
         return "".join(pieces) + detokenizer.finish()
 
+    def without_special_tokens(self, text: str) -> str:
+        """Text of strangers with a space in whatever would become a special token, so that it stays text."""
+        for token in self.decoder.special_texts:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
     ) -> str:
         """The prompt of a chat by the checkpoint's template; `enable_thinking` None leaves that to it.
 
+        Messages are those of the OpenAI protocol, with calls of tools and their results. A template that does not know
+        of tools gets them in MiniCPM4's own format (edge/chat_format).
         UsageError for malformed messages or a model without a template, EdgeError if the template fails.
         """
-        _check_messages(messages)
+        source = self._chat_template()
+        messages = template_messages(messages, tools, template_has_tools="tools" in _variables(source))
         variables = {
             "bos_token": self.settings.bos_token,
             "eos_token": self.settings.eos_token,
             "enable_thinking": enable_thinking,
         }
-        template = _compile(self._chat_template())
+        template = _compile(source)
         try:
             return template.render(
                 messages=messages,
-                tools=None,
+                tools=[tool.to_openai() for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 # What is not set must be undefined to the template, as it is in Hugging Face.
@@ -156,11 +169,14 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
     ) -> list[int]:
         """Ids of `render_chat`, with the BOS token if the settings add one and the template wrote none."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
+        text = self.render_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
+        )
         return self.encode(text, add_bos=self.settings.add_bos)
 
     def _chat_template(self) -> str:
@@ -179,19 +195,6 @@ def _read_template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EdgeError(f"{path} cannot be read ({error}): export the bundle again") from error
-
-
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UsageError("a chat needs a list of at least one message, each with a role and a content")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UsageError(f"messages[{i}] must be an object whose role is a string, such as 'user'")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise UsageError(
-                f"messages[{i}].content is of type {type(content).__name__}: it must be one string of text"
-            )
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -223,18 +226,30 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-@lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """The template in Hugging Face's environment: sandboxed, for it comes with a checkpoint from anywhere."""
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """Hugging Face's environment: sandboxed, for templates come with checkpoints from anywhere."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
     try:
-        return environment.from_string(source)
+        return _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise EdgeError(
             f"the chat template is not Jinja (line {error.lineno}: {error.message}): correct {CHAT_TEMPLATE}"
         ) from error
+
+
+@lru_cache(maxsize=8)
+def _variables(source: str) -> set[str]:
+    """What a template reads of what it is given."""
+    _compile(source)
+    return jinja2.meta.find_undeclared_variables(_environment().parse(source))

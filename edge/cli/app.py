@@ -12,12 +12,13 @@ import typer
 
 from edge.cli.bench import bench
 from edge.cli.build import build
+from edge.cli.chat import chat
 from edge.cli.console import err, out
 from edge.cli.doctor import doctor
 from edge.cli.eval import evaluate
 from edge.cli.export import export
 from edge.cli.freq import freq
-from edge.cli.generate import chat, run
+from edge.cli.generate import run
 from edge.cli.logits import logits
 from edge.cli.plan import plan
 from edge.cli.quantize import quantize

@@ -1,9 +1,8 @@
-"""`edge run` and `edge chat`: text in, text out."""
+"""`edge run`: text in, text out; and what it shares with `edge chat`."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from edge.cli import options as opt
-from edge.cli.console import err, note, print_json, progress_bar, write
+from edge.cli.console import note, print_json, progress_bar, write
 from edge.engine import Engine, Session
-from edge.errors import EdgeError, UsageError
+from edge.errors import UsageError
 from edge.sampler import SamplingParams
 from edge.speculation.statistics import Speculated
 from edge.stream import TextStream
@@ -137,88 +136,6 @@ def report_reply(reply: Reply, engine: Engine, *, as_json: bool) -> None:
         note(reply.summary())
 
 
-def chat(
-    bundle: opt.BundlePath,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    top_k: opt.TopK = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    seed: opt.Seed = None,
-    max_tokens: opt.MaxTokens = 1024,
-    thinking: opt.Thinking = None,
-    context: opt.Context = None,
-    memory: opt.Memory = None,
-    threads: opt.Threads = None,
-    attention: opt.Attention = None,
-    sparse: opt.Sparse = None,
-    offload: opt.Offload = None,
-    speculative: opt.Speculative = None,
-    save: opt.Save = None,
-    restore: opt.Restore = None,
-) -> None:
-    """Talk over several turns; each turn computes only what is new. Ctrl-C stops a reply, Ctrl-D ends the chat.
-
-    Commands: /reset forgets the conversation, /exit leaves.
-
-    Examples:
-
-      edge chat bundle --temperature 0.7
-
-      edge chat bundle --save yesterday.session
-
-      edge chat bundle --restore yesterday.session --save today.session
-    """
-    check_session_options(save, restore, system)
-    engine = opt.load_engine(
-        bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload, speculative=speculative
-    )
-    tokenizer = load_tokenizer(engine)
-    params = opt.sampling_params(
-        engine.bundle.manifest.generation,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-    )
-    session, messages = begin(engine, restore, system)
-    note("Ctrl-D or /exit ends the chat, /reset forgets it, Ctrl-C stops a reply")
-    try:
-        talk(session, tokenizer, params, thinking, messages, opening(system))
-    finally:
-        keep(session, save, messages)
-
-
-def talk(
-    session: Session,
-    tokenizer: Tokenizer,
-    params: SamplingParams,
-    thinking: bool | None,
-    messages: list[dict[str, str]],
-    first: list[dict[str, str]],
-) -> None:
-    """Turn after turn until the end of input or /exit. `messages` grows in place; /reset leaves `first` of it."""
-    while (line := read_line()) is not None:
-        command = line.strip()
-        if command == "/exit":
-            return
-        if command == "/reset":
-            messages[:] = first
-            note("forgotten")
-        elif re.fullmatch("/[a-z]+", command):
-            note(f"{command} is no command; there are /reset and /exit")
-        elif command:
-            turn = [*messages, question(line)]
-            reply = take_turn(session, tokenizer, turn, params, thinking)
-            if reply is not None:
-                messages[:] = [*turn, answer(reply)]
-                note(reply.summary())
-
-
 def check_session_options(save: Path | None, restore: Path | None, system: str | None, raw: bool = False) -> None:
     """Raise before the model is loaded if the options contradict each other or FILE cannot be written."""
     if raw and system is not None:
@@ -259,31 +176,6 @@ def question(text: str) -> dict[str, str]:
 def answer(reply: Reply) -> dict[str, str]:
     """The model's message."""
     return {"role": "assistant", "content": reply.text}
-
-
-def take_turn(
-    session: Session,
-    tokenizer: Tokenizer,
-    messages: list[dict[str, str]],
-    params: SamplingParams,
-    thinking: bool | None,
-) -> Reply | None:
-    """Stream one reply, perhaps cut short by Ctrl-C; None (and why) if there was none, so that the chat goes on."""
-    try:
-        ids = tokenizer.encode_chat(messages, enable_thinking=thinking)
-        reply = Reply(len(ids))
-        try:
-            for piece in stream_reply(session, tokenizer, ids, params, reply):
-                write(piece)
-            write("\n")
-        except KeyboardInterrupt:
-            write("\n")
-            note("stopped" if reply.tokens else "stopped before the reply; the question is forgotten")
-        return reply if reply.tokens else None
-    except EdgeError as error:
-        hint = "; /reset starts over" if len(messages) > 2 else ""
-        err.print(f"error: {error}{hint}", style="red", markup=False)
-        return None
 
 
 def stream_reply(
@@ -346,7 +238,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     elif sys.stdin is None or (prompt is None and file is None and sys.stdin.isatty()):
         raise UsageError("there is no prompt; give --prompt TEXT or --file PATH, or pipe text in")
     else:
-        text = _decode(sys.stdin.buffer.read(), "standard input")
+        text = decode_input(sys.stdin.buffer.read(), "standard input")
     if not text.strip():
         raise UsageError("the prompt is empty; give at least one word")
     return text
@@ -358,33 +250,12 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}); give a readable text file") from None
-    return _decode(data, str(path))
+    return decode_input(data, str(path))
 
 
-def _decode(data: bytes, source: str) -> str:
+def decode_input(data: bytes, source: str) -> str:
+    """UTF-8 from a file or a pipe, or a sentence that it is none."""
     try:
         return data.decode("utf-8-sig")  # the mark that some editors put first is no text
     except UnicodeDecodeError as error:
         raise UsageError(f"{source} is not UTF-8 (byte {error.start}); convert it first") from None
-
-
-def read_line() -> str | None:
-    """One line from the person, None at the end of input. Ctrl-C drops a half-written line."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        return _piped_line()
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() then edits lines and remembers them
-    while True:
-        try:
-            return input("> ")
-        except EOFError:
-            write("\n")
-            return None
-        except KeyboardInterrupt:
-            write("\n")
-            note("Ctrl-D or /exit ends the chat")
-
-
-def _piped_line() -> str | None:
-    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
-    return _decode(line, "standard input").rstrip("\r\n") if line else None
