@@ -47,7 +47,7 @@ def serving(
 ) -> Iterator[Served]:
     """Served for as long as the context lasts."""
     engine = open_engine(
-        bundle, options or EngineOptions(context=512, chunk=64, threads=2, sequences=4, logits_rows=64)
+        bundle, options or EngineOptions(context=4096, chunk=256, threads=2, sequences=4, logits_rows=64)
     )
     service = Service(engine, load_tokenizer(engine), limits or BatchLimits(sequences=4), settings or ServerSettings())
     listening = socket.socket()

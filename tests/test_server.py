@@ -40,7 +40,7 @@ def client(served: Served) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def single(tiny_bundle: Path) -> Engine:
-    return open_engine(tiny_bundle, EngineOptions(context=512, chunk=64, threads=2, prefix_cache=False))
+    return open_engine(tiny_bundle, EngineOptions(context=4096, chunk=64, threads=2, prefix_cache=False))
 
 
 def expected(engine: Engine, tokenizer: Tokenizer, messages: Any, tokens: int) -> str:
@@ -170,6 +170,54 @@ def test_an_echoed_prompt_has_logprobs(client: openai.OpenAI, served: Served, si
     assert only.choices[0].text == "The fox" and only.usage is not None and only.usage.completion_tokens == 0
 
 
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Looks.",
+            "parameters": {
+                "type": "object",
+                "properties": {"river": {"enum": ["Elbe", "Oder"]}, "days": {"type": "integer", "maximum": 9}},
+                "required": ["river"],
+            },
+        },
+    }
+    for name in ("water_level", "rain")
+]
+
+
+def test_tools_are_called_when_they_must_be(client: openai.OpenAI, served: Served) -> None:
+    """A random model calls nothing by itself; told to, it fills in what the tool's schema allows.
+
+    It would think for long before: its bias against h keeps it from <think>.
+    """
+    vocabulary = served.service.tokenizer.model.get_vocab()
+    bias = {str(token): -100 for text, token in vocabulary.items() if "h" in text}
+    more: Any = {"model": served.service.model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 150, "seed": 1}
+    more["logit_bias"] = bias
+    named: Any = {"type": "function", "function": {"name": "rain"}}
+    for choice, names in (("required", {"water_level", "rain"}), (named, {"rain"})):
+        whole = client.chat.completions.create(**more, tool_choice=choice, parallel_tool_calls=False).choices[0]
+        assert whole.finish_reason == "tool_calls" and whole.message.tool_calls is not None
+        (call,) = whole.message.tool_calls
+        assert call.function.name in names and json.loads(call.function.arguments)["river"] in ("Elbe", "Oder")
+        chunks = list(
+            client.chat.completions.create(**more, tool_choice=choice, parallel_tool_calls=False, stream=True)
+        )
+        streamed = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
+        assert [c.function for c in streamed] and chunks[-1].choices[0].finish_reason == "tool_calls"
+        assert (streamed[0].function.name, streamed[0].function.arguments) == (  # type: ignore[union-attr]
+            call.function.name,
+            call.function.arguments,
+        )
+        again: Any = [*MESSAGES, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "3 m"}]
+        answer = client.chat.completions.create(**{**more, "messages": again, "max_tokens": 8}, tool_choice="none")
+        assert answer.choices[0].message.tool_calls is None
+    with pytest.raises(openai.BadRequestError, match="tide"):
+        client.chat.completions.create(**more, tool_choice={"type": "function", "function": {"name": "tide"}})
+
+
 def raw(served: Served, path: str, body: bytes, method: str = "POST", **headers: str) -> tuple[int, dict, dict]:
     import http.client
 
@@ -189,7 +237,7 @@ BAD: list[tuple[str, bytes, int, str]] = [
     (CHAT, b'{"messages": "hello"}', 400, "messages"),
     (CHAT, b'{"messages": []}', 400, "at least one message"),
     (CHAT, b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
-    (CHAT, b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "no text"),
+    (CHAT, b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "one string of text"),
     (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
     (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "temperature"),
     (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": "hot"}', 400, "temperature"),

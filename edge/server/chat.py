@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from edge.generation import TokenEvent
-from edge.server.chat_format import Deltas, Prompt, message_of, prompt_of
+from edge.server.chat_prompt import Deltas, Prompt, message_of, prompt_of
 from edge.server.errors import ApiError, Json, ignored_fields
 from edge.server.protocol import ChatBody
 from edge.server.service import Replies, Service, check_output, failure_of
@@ -48,15 +48,18 @@ def _requests(service: Service, body: ChatBody, prompt: Prompt, http: HttpReques
     max_tokens = body.max_completion_tokens or body.max_tokens or _default_tokens(service, room)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = service.params(body, max_tokens, logprobs=logprobs)
-    if prompt.constraint is not None and body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(400, "tool_choice already says what the reply is; leave out response_format")
+    constraint = service.constraint(body.response_format)
+    if prompt.grammar is not None:
+        if constraint is not None:
+            raise ApiError(400, "tool_choice already says what the reply is; leave out response_format")
+        constraint = service.guidance.lark(prompt.grammar)
     request = Request(
         tuple(prompt.ids),
         params,
         client=f"{http.client.host if http.client else ''}/{body.user or ''}",
         timeout=service.settings.timeout,
         text=service.text(params, after_prompt=False),
-        constraint=prompt.constraint or service.constraint(body.response_format),
+        constraint=constraint,
     )
     if params.seed is None:
         return [request] * body.choices
@@ -83,7 +86,7 @@ async def _whole(
     choices = []
     for index, outputs in enumerate(await replies.all(http)):
         check_output(outputs[-1])
-        deltas, events = Deltas(prompt.reader(), _make_id), list[TokenEvent]()
+        deltas, events = Deltas(prompt.parser(), _make_id), list[TokenEvent]()
         written: list[dict[str, Any]] = []
         for output in outputs:
             events.extend(output.tokens)
@@ -107,7 +110,7 @@ async def _chunks(
     head = {**head, "object": "chat.completion.chunk"}
     if body.wants_usage:
         head["usage"] = None
-    deltas = [Deltas(prompt.reader(), _make_id) for _ in replies.tickets]
+    deltas = [Deltas(prompt.parser(), _make_id) for _ in replies.tickets]
     waiting: list[list[TokenEvent]] = [[] for _ in replies.tickets]  # whose text is not certain yet
     for index in range(len(deltas)):
         yield event({**head, "choices": [_choice(index, {"role": "assistant", "content": ""})]})
