@@ -235,7 +235,7 @@ BAD: list[tuple[str, bytes, int, str]] = [
     (CHAT, b"[1]", 400, ""),
     (CHAT, b'{"messages": "\xff\xfe"}', 400, ""),
     (CHAT, b'{"messages": "hello"}', 400, "messages"),
-    (CHAT, b'{"messages": []}', 400, "at least one message"),
+    (CHAT, b'{"messages": []}', 400, "at least 1 item"),
     (CHAT, b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
     (CHAT, b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "one string of text"),
     (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),

@@ -7,13 +7,15 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from edge.errors import UsageError
 from edge.server import errors
@@ -40,14 +42,31 @@ def make_app(service: Service) -> FastAPI:
         await run_in_threadpool(service.worker.stop)
 
     app = FastAPI(
-        title="minicpm-edge", version=version("minicpm-edge"), lifespan=lifespan, docs_url=None, redoc_url=None
+        title="minicpm-edge",
+        version=version("minicpm-edge"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=errors.DOCUMENTED,
     )
+    app.openapi = partial(_schema, app)  # type: ignore[method-assign]
     errors.install(app)
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
     _add_others(app, service)
     app.add_middleware(_Gate, service=service)
     return app
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without FastAPI's own answer to bodies that are wrong: they get 400 here."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 def _add_others(app: FastAPI, service: Service) -> None:
@@ -81,7 +100,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
         worker = service.worker
         return Json({"status": "ok", "model": service.model, "running": worker.running, "waiting": worker.waiting})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         page = service.metrics.page(service.engine, service.worker.running, service.worker.waiting)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")

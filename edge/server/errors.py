@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -40,6 +41,34 @@ def ignored_fields(body: Body) -> dict[str, str]:
 def dumps(value: Any) -> str:
     """JSON in one line."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class ErrorValues(BaseModel):
+    """What went wrong. param: the field it is about."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Of every refusal."""
+
+    error: ErrorValues
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "Not what is expected here"},
+    401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
+    404: {"model": ErrorBody, "description": "No such model or path"},
+    405: {"model": ErrorBody, "description": "No such method"},
+    408: {"model": ErrorBody, "description": "It took too long"},
+    413: {"model": ErrorBody, "description": "The body is too large"},
+    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again"},
+    500: {"model": ErrorBody, "description": "A fault of the server"},
+    503: {"model": ErrorBody, "description": "The server takes no requests now"},
+}
 
 
 class ApiError(Exception):
