@@ -135,7 +135,6 @@ class Serving(RuleBasedStateMachine):
         limits = BatchLimits(sequences=3, unread=6)
         self.batcher = Batcher(self.engine, limits, clock=lambda: self.now)
         self.readers: list[Reader] = []
-        self.started: dict[str, list[int]] = {}
 
     @rule(
         length=st.integers(1, 200),
@@ -198,6 +197,10 @@ class Serving(RuleBasedStateMachine):
         for reader in self.readers:
             reader.read()
             reader.check()
+        for client in "abc":  # each client's requests start in their order
+            own = [r.ticket.statistics.admitted for r in self.readers if r.ticket.request.client == client]
+            started = [time for time in own if time is not None]
+            assert started == sorted(started)
         assert self.engine.cache.free_pages == self.engine.cache.num_pages
         assert not self.engine.cache._sequences
 
@@ -279,6 +282,21 @@ def test_who_does_not_read_pauses_and_makes_room(bundle: Bundle) -> None:
     for reader in slow:
         assert len(reader.tokens) == 60
     assert engine.cache.free_pages == 8
+
+
+def test_who_does_not_read_gives_its_pages_to_who_waits_for_them(bundle: Bundle) -> None:
+    engine = fake_engine(bundle, 4)
+    batcher = Batcher(engine, BatchLimits(unread=5))
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    slow = submit(batcher, Request(prompt_ids(150, 0), params))
+    for _ in range(20):
+        batcher.step()
+    assert slow.ticket.outbox.full and engine.cache.free_pages == 1
+    quick = submit(batcher, Request(prompt_ids(150, 1), params))
+    drive(batcher, [quick])
+    assert len(quick.tokens) == 20 and slow.ticket.statistics.preemptions == 1
+    drive(batcher, [slow])
+    assert len(slow.tokens) == 20
 
 
 def test_what_can_never_be_served_is_refused_with_a_sentence(bundle: Bundle) -> None:

@@ -134,14 +134,14 @@ class Batcher:
                 self._end(ticket, "timeout")
 
     def _admit_all(self) -> None:
+        """As many as there are places and pages for; who has paused gives up its own for them."""
         while (ticket := self.queue.head()) is not None and ticket.may_start:
-            if len(self.running) == self._most:
-                paused = [t for t in self.running if t.outbox.full]
-                if not paused:
-                    return
-                self._preempt(paused[-1])
-            elif not self._admit(ticket):
+            if len(self.running) < self._most and self._admit(ticket):
+                continue
+            paused = [t for t in self.running if t.outbox.full]
+            if not paused:
                 return
+            self._preempt(paused[-1])
 
     def _admit(self, ticket: Ticket) -> bool:
         """Give it the pages of all its known tokens, and of one more, if there are so many."""
