@@ -85,13 +85,13 @@ def timed(
 
 def counted(engine: Engine) -> Callable[[], int]:
     """How many tokens the engine's executor has computed from now on."""
-    step, total = engine._executor.step, [0]
+    step, total = engine.executor.step, [0]
 
     def count(batch):
         total[0] += len(batch.input_ids)
         return step(batch)
 
-    engine._executor.step = count  # type: ignore[method-assign]
+    engine.executor.step = count  # type: ignore[method-assign]
     return lambda: total[0]
 
 

@@ -52,6 +52,18 @@ class DeviceDraw:
         return check_drawn(int(sample(SamplingInputs(logits[None], **values))[0]))
 
 
+def stack(rows: Sequence[DrawParams], vocab_size: int) -> DrawParams:
+    """Parameters of several sequences, each of which was of one."""
+    values = {field.name: [getattr(row, field.name) for row in rows] for field in fields(DrawParams)}
+    if all(penalty is None for penalty in values["penalty"]):
+        values["penalty"] = values["seen"] = None  # type: ignore[assignment]
+    else:
+        neutral, nothing = np.ones(1, np.float32), np.zeros((1, -(-vocab_size // 32)), np.uint32)
+        values["penalty"] = [neutral if penalty is None else penalty for penalty in values["penalty"]]
+        values["seen"] = [nothing if seen is None else seen for seen in values["seen"]]
+    return DrawParams(**{name: None if column is None else np.concatenate(column) for name, column in values.items()})
+
+
 def check_drawn(token: int) -> int:
     """EdgeError for -1, which stands for logits that leave no choice."""
     if token < 0:

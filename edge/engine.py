@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from edge.bundle import Bundle, open_bundle
+from edge.chooser import Chooser, Constraint
 from edge.drafters import check_speculative, make_speculation
-from edge.draw import DeviceDraw, check_drawn
 from edge.errors import EdgeError, UsageError
 from edge.executor import DecodingExecutor, Executor
+from edge.generation import Generation, Loop, TokenEvent
 from edge.interrupts import deferred_interrupts
-from edge.kv_cache import KVCache, NoPagesError
+from edge.kv_cache import KVCache
 from edge.memory.fit import make_plan
 from edge.memory.ledger import headroom
 from edge.memory.measured import Compared, compare
 from edge.plan import ALWAYS_DENSE, EngineOptions, Plan
 from edge.reuse import Modes, common_prefix, record
-from edge.sampler import Sampler, SamplingParams
+from edge.sampler import SamplingParams
 from edge.scheduler import Scheduler
 from edge.scheduler import Sequence as ScheduledSequence
-from edge.session import Progress, Session, TokenEvent
+from edge.session import Progress, Session
 from edge.session_file import CacheIdentity, restore_sequence, save_sequence
-from edge.speculation.accept import Accepted, accept
-from edge.speculation.speculator import Limits, Speculation, Speculator
-from edge.speculation.tree import MOST_TREE_ROWS, TokenTree
-from plugins import PAGE_TOKENS
-
-Choose = Callable[[np.ndarray, list[int]], int]  # (logits [vocab], what this step drew before) -> the next token
+from edge.speculation.speculator import Speculation
 
 
 class Engine:
@@ -52,10 +47,11 @@ class Engine:
         self.plan = plan
         self.cache = KVCache(plan.num_pages, self._copy_pages)
         self.prefix_cache = prefix_cache
-        self._modes = Modes(bundle.config, plan.sparse)
-        self._executor = executor
-        self._speculation = speculation
-        self._scheduler = Scheduler(self.cache, chunk, plan.run.rows)
+        self.modes = Modes(bundle.config, plan.sparse)
+        self.executor = executor
+        self.speculation = speculation
+        self.chunk = chunk
+        self._loop = Loop(self, Scheduler(self.cache, chunk, plan.run.rows))
 
     @property
     def max_context(self) -> int:
@@ -99,32 +95,43 @@ class Engine:
             session.close()
 
     @deferred_interrupts()
-    def reuse(self, sequence: ScheduledSequence, prompt_ids: Sequence[int]) -> None:
-        """Give a sequence a new prompt, keeping what it or the prefix cache has computed of it as a cold run would.
+    def reuse(self, sequence: ScheduledSequence, tokens: Sequence[int], prompt_length: int | None = None) -> None:
+        """Give a sequence new tokens, keeping what it or the prefix cache has computed of them as a cold run would.
 
-        The prompt's last token has to run for its logits, and not alone: see edge/scheduler.py.
+        They are a prompt of `prompt_length` tokens, None: all of them, and as much of its reply as there was. The last
+        token has to run for its logits, and not alone: see edge/scheduler.py.
         """
-        mode = self._modes.of(len(prompt_ids))
-        common = common_prefix(sequence.tokens[: sequence.computed], prompt_ids[:-1])
-        sequence.computed = kept = self._modes.alike(sequence.runs, mode, common)
+        prompt_length = len(tokens) if prompt_length is None else prompt_length
+        mode = self.modes.of(prompt_length)
+        common = common_prefix(sequence.tokens[: sequence.computed], tokens[:-1])
+        sequence.computed = kept = self.modes.alike(sequence.runs, mode, common)
         self.cache.truncate(sequence.cache_id, kept)
-        sequence.tokens, sequence.prompt_length = list(prompt_ids), len(prompt_ids)
+        sequence.tokens, sequence.prompt_length = list(tokens), prompt_length
+        sequence.tree, sequence.logits_from = None, None
+        sequence.cuts = self.modes.cuts(prompt_length, len(tokens))
         if self.prefix_cache:
-            salt = partial(self._modes.salt, mode)
+            salt = partial(self.modes.salt, mode)
             sequence.computed = self.cache.adopt(sequence.cache_id, sequence.tokens[:-2], salt, kept)
             if sequence.computed > kept:
                 sequence.runs = [(0, mode)]
 
     @deferred_interrupts()
-    def _count(self, sequence: ScheduledSequence, count: int, length: int) -> None:
+    def forget(self, sequence: ScheduledSequence) -> None:
+        """Give a sequence's pages back and keep its tokens; `reuse` computes it again."""
+        self.cache.truncate(sequence.cache_id, 0)
+        sequence.computed, sequence.runs = 0, []
+        sequence.tree, sequence.cuts = None, ()
+
+    @deferred_interrupts()
+    def count(self, sequence: ScheduledSequence, count: int, length: int) -> None:
         """Note that the next `count` tokens are computed, with switch_length `length`, and publish full pages."""
-        record(sequence.runs, sequence.computed, self._modes.of(length))
+        record(sequence.runs, sequence.computed, self.modes.of(length))
         sequence.computed += count
         if self.prefix_cache:
             self._publish(sequence)
 
     def _publish(self, sequence: ScheduledSequence) -> None:
-        salt = partial(self._modes.salt_of, sequence.runs)
+        salt = partial(self.modes.salt_of, sequence.runs)
         self.cache.publish(sequence.cache_id, sequence.tokens, sequence.computed, salt)
 
     def restore_session(self, path: Path) -> Session:
@@ -132,7 +139,7 @@ class Engine:
 
         EdgeError, with nothing of it loaded, if the file is damaged, of another bundle or cache, or does not fit.
         """
-        sequence, notes = restore_sequence(path, self.cache, self._executor, self._cache_identity(), self.max_context)
+        sequence, notes = restore_sequence(path, self.cache, self.executor, self._cache_identity(), self.max_context)
         if self.prefix_cache:
             self._publish(sequence)
         session = Session(self, sequence)
@@ -141,170 +148,58 @@ class Engine:
 
     def save_sequence(self, sequence: ScheduledSequence, path: Path, notes: dict[str, Any]) -> None:
         """Write a sequence and its pages to a file; see `Session.save`."""
-        save_sequence(path, sequence, self.cache, self._executor, self._cache_identity(), notes)
+        save_sequence(path, sequence, self.cache, self.executor, self._cache_identity(), notes)
 
     def _cache_identity(self) -> CacheIdentity:
-        return CacheIdentity.of(self.bundle.manifest.key, self._executor, self.plan.sparse)
+        return CacheIdentity.of(self.bundle.manifest.key, self.executor, self.plan.sparse)
 
     def _copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self._executor.copy_pages(pairs)
-        if self._speculation is not None and self._speculation.draft is not None:
-            self._speculation.draft.copy_pages(pairs)
+        self.executor.copy_pages(pairs)
+        if self.speculation is not None and self.speculation.draft is not None:
+            self.speculation.draft.copy_pages(pairs)
 
-    def begin_speculation(self) -> Speculator | None:
-        """For one reply; None if the engine does not speculate."""
-        return None if self._speculation is None else self._speculation.begin()
+    def begin(
+        self,
+        sequence: ScheduledSequence,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> Generation:
+        """A reply to a prompt, which is the sequence's from now on; nothing of it is computed yet."""
+        self.check_prompt(prompt_ids)
+        if params.prompt_logprobs:
+            self.forget(sequence)
+            sequence.tokens, sequence.prompt_length = list(prompt_ids), len(prompt_ids)
+            sequence.logits_from = 0
+        else:
+            self.reuse(sequence, prompt_ids)
+        on_device = isinstance(self.executor, DecodingExecutor)
+        chooser = Chooser(params, prompt_ids, self.vocab_size, on_device=on_device, constraint=constraint)
+        return Generation(
+            sequence,
+            params,
+            limit=min(params.max_tokens, self.max_context - len(prompt_ids)),
+            ends=() if params.ignore_eos else self.eos_token_ids,
+            chooser=chooser,
+            speculator=None if self.speculation is None else self.speculation.begin(),
+        )
 
-    def advance(
-        self, sequence: ScheduledSequence, progress: Progress | None = None, speculator: Speculator | None = None
-    ) -> np.ndarray:
+    def step(self, generations: Iterable[Generation], chunk: int | None = None) -> int:
+        """One step of replies, all at once; see Loop."""
+        return self._loop.step(generations, chunk)
+
+    def take(self, generation: Generation) -> TokenEvent:
+        """The next token of a reply that has one ready; see Loop."""
+        return self._loop.take(generation)
+
+    def advance(self, sequence: ScheduledSequence) -> np.ndarray:
         """Run steps until every known token of the sequence is computed -> logits [vocab] after the last."""
-        while step := self._scheduler.next_step([sequence]):
-            result = self._executor.step(step.batch)
-            if speculator is not None:
-                speculator.follow(sequence.computed, result.hidden)
-            self._count(sequence, step.counts[0], int(step.batch.switch_length[0]))
-            if progress is not None:
-                progress(sequence.computed, sequence.prompt_length)
+        while step := self._loop.scheduler.next_step([sequence]):
+            result = self.executor.step(step.batch)
+            self.count(sequence, step.counts[0], int(step.batch.switch_length[0]))
             if step.logits_counts[0]:
                 return result.logits[-1]
         raise AssertionError("advance() needs a sequence with pending tokens")
-
-    def tokens(
-        self,
-        sequence: ScheduledSequence,
-        params: SamplingParams,
-        limit: int,
-        progress: Progress | None = None,
-        speculator: Speculator | None = None,
-    ) -> Generator[int, None, None]:
-        """Draw up to `limit` tokens after those of the sequence; the caller appends each before it takes the next."""
-        if speculator is None and isinstance(self._executor, DecodingExecutor):
-            yield from self._device_tokens(self._executor, sequence, params, limit, progress)
-            return
-        choose = self._choice(sequence, params)
-        yield choose(self.advance(sequence, progress, speculator), [])
-        if speculator is not None:
-            ends = () if params.ignore_eos else self.eos_token_ids
-            yield from self._speculated_tokens(sequence, choose, limit - 1, ends, speculator)
-            return
-        for _ in range(limit - 1):
-            yield choose(self.advance(sequence), [])
-
-    def _choice(self, sequence: ScheduledSequence, params: SamplingParams) -> Choose:
-        """How the executor's own decoding draws a token."""
-        if isinstance(self._executor, DecodingExecutor):
-            draw = DeviceDraw(params, self.vocab_size)
-            return lambda logits, drawn: draw.first(logits, [*sequence.tokens, *drawn])
-        sampler = Sampler(params, sequence.tokens)
-        return lambda logits, _: sampler.sample(logits)
-
-    def _speculated_tokens(
-        self,
-        sequence: ScheduledSequence,
-        choose: Choose,
-        left: int,
-        ends: tuple[int, ...],
-        speculator: Speculator,
-    ) -> Generator[int, None, None]:
-        """`left` tokens of verified trees, of which none goes on after one of `ends`.
-
-        Those that the caller did not take are forgotten, though they were computed.
-        """
-        while left:
-            accepted = self._verify(sequence, choose, left, ends, speculator)
-            for token in accepted.tokens[:-1]:
-                yield token
-                self._count(sequence, 1, sequence.length_after(1))
-            yield accepted.tokens[-1]
-            left -= len(accepted.tokens)
-
-    def _verify(
-        self, sequence: ScheduledSequence, choose: Choose, left: int, ends: tuple[int, ...], speculator: Speculator
-    ) -> Accepted:
-        """One step of the last token and of what is proposed to follow it."""
-        first, length = sequence.computed, sequence.length_after(1)
-        sequence.tree = self._propose(sequence, length, left, speculator)
-        started = perf_counter()
-        step = self._scheduler.next_step([sequence])
-        assert step is not None
-        tree, sequence.tree = sequence.tree or TokenTree.chain(sequence.tokens[-1:]), None
-        result = self._executor.step(step.batch)
-        drawn: list[int] = []
-
-        def draw(node: int) -> int:
-            drawn.append(choose(result.logits[node], drawn))
-            return drawn[-1]
-
-        accepted = accept(tree, draw, ends, left)
-        if accepted.path:
-            self._executor.keep_tokens(
-                self.cache.pages(sequence.cache_id), first + 1, [first + node for node in accepted.path]
-            )
-        speculator.observe(tree, accepted, perf_counter() - started)
-        if result.hidden is not None:
-            speculator.follow(first, result.hidden[[0, *accepted.path]])
-        self._count(sequence, 1, length)
-        return accepted
-
-    def _propose(self, sequence: ScheduledSequence, length: int, left: int, speculator: Speculator) -> TokenTree | None:
-        limits = self._limits(sequence, length, left)
-        if limits.depth < 1 or not (wanted := speculator.choose(sequence.tokens, limits)).rows:
-            return None
-        room = sequence.computed + 1 + max(wanted.rows, speculator.slots)
-        try:
-            self.cache.reserve(sequence.cache_id, min(room, self.max_context), sequence.computed)
-        except NoPagesError:
-            return None
-        return speculator.propose(sequence.tokens, self.cache.pages(sequence.cache_id), length, wanted)
-
-    def _limits(self, sequence: ScheduledSequence, length: int, left: int) -> Limits:
-        """The largest tree whose nodes are computed exactly as they would be one after the other.
-
-        That asks for one mode. In sparse attention no node may be the last token of a page either: what comes after it
-        chooses blocks by a window that ends there, and nodes of a tree are in no window.
-        """
-        first, mode = sequence.computed, self._modes.of(length)
-        room = self.max_context - 1 - first
-        rows = min(self.plan.run.rows - 1, room, MOST_TREE_ROWS)
-        depth = min(left - 1, rows)
-        if mode.is_sparse and self.plan.sparse is not None:
-            # Without local blocks the last scores come from the fine windows of a token's own page.
-            stride = PAGE_TOKENS if self.plan.sparse.local_blocks else self.plan.sparse.kernel_stride
-            depth = min(depth, (stride - 2 - first) % stride)
-        while depth and self._modes.of(sequence.length_after(1 + depth)) != mode:
-            depth -= 1
-        return Limits(rows, depth)
-
-    def _device_tokens(
-        self,
-        executor: DecodingExecutor,
-        sequence: ScheduledSequence,
-        params: SamplingParams,
-        limit: int,
-        progress: Progress | None,
-    ) -> Generator[int, None, None]:
-        """Bursts of tokens. What a burst computed beyond the last token that was taken is forgotten."""
-        draw = DeviceDraw(params, self.vocab_size)
-        yield draw.first(self.advance(sequence, progress), sequence.tokens)
-        left = limit - 1
-        while left:
-            count = self._burst(sequence, min(executor.burst, left))
-            step = self._scheduler.next_step([sequence])
-            assert step is not None and step.counts == (1,)
-            for token in executor.decode(step.batch, draw.params(sequence.tokens), count)[:, 0]:
-                self._count(sequence, 1, sequence.length_after(1))
-                yield check_drawn(int(token))
-            left -= count
-
-    def _burst(self, sequence: ScheduledSequence, most: int) -> int:
-        """How many tokens to decode at once: `most`, or what the sequence's pages hold if there are no others."""
-        try:
-            self.cache.reserve(sequence.cache_id, sequence.computed + most, sequence.computed)
-        except NoPagesError:
-            room = len(self.cache.pages(sequence.cache_id)) * PAGE_TOKENS - sequence.computed
-            return max(1, min(most, room))
-        return most
 
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray:
         """Logits [last, vocab] after each of the last `last` tokens of one sequence, teacher-forced."""
@@ -317,8 +212,8 @@ class Engine:
         self.check_prompt(ids, reply=0)
         sequence = ScheduledSequence(self.cache.open(), list(ids), prompt_length=len(ids), logits_from=len(ids) - last)
         try:
-            while step := self._scheduler.next_step([sequence]):
-                result = self._executor.step(step.batch)
+            while step := self._loop.scheduler.next_step([sequence]):
+                result = self.executor.step(step.batch)
                 sequence.computed += step.counts[0]
                 if progress is not None:
                     progress(sequence.computed, len(ids))
@@ -335,9 +230,9 @@ class Engine:
 
     def ledger(self) -> tuple[Compared, ...]:
         """The plan's lines beside what the run has taken so far."""
-        measured = dict(self._executor.memory())
-        if self._speculation is not None and self._speculation.draft is not None:
-            of_draft = self._speculation.draft.memory()
+        measured = dict(self.executor.memory())
+        if self.speculation is not None and self.speculation.draft is not None:
+            of_draft = self.speculation.draft.memory()
             measured |= of_draft
             if "process" in measured:  # of which the executor knows no draft
                 measured["process"] = max(0, measured["process"] - sum(of_draft.values()))
@@ -350,9 +245,9 @@ class Engine:
             "model": manifest.name,
             "weights": manifest.weights["description"],
             "target": manifest.target,
-            **self._executor.describe(),
+            **self.executor.describe(),
             "attention": self._attention(),
-            **({} if self._speculation is None else {"speculation": self._speculation.describe()}),
+            **({} if self.speculation is None else {"speculation": self.speculation.describe()}),
             "bundle": manifest.key[:12],
         }
 

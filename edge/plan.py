@@ -28,6 +28,7 @@ class EngineOptions:
     not hold: a folder on a disk; on a GPU, whatever it says, the host's memory. prefix_cache: whether a prompt takes
     over what an earlier one computed; measurements of prompts must not. speculative: 'off', 'lookup' (guesses what
     followed the same words before) or 'eagle' (with the bundle's draft model); the tokens are the same with all three.
+    sequences: at most so many are computed at once; they share the KV pages. An engine built for fewer has as many.
     """
 
     context: int | None = None
@@ -40,6 +41,7 @@ class EngineOptions:
     offload: Path | None = None
     prefix_cache: bool = True
     speculative: str = "off"
+    sequences: int = 1
 
 
 @dataclass(frozen=True)

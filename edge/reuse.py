@@ -53,6 +53,12 @@ class Modes:
                 return min(max(start, self.indifferent_tokens), tokens)
         return tokens
 
+    def cuts(self, prompt_length: int, length: int) -> tuple[int, ...]:
+        """Where the mode changes in a reply that made a prompt a sequence of `length` tokens, one by one."""
+        if self.of(prompt_length) == self.of(length):
+            return ()
+        return tuple(i for i in range(prompt_length, length) if self.of(max(i, prompt_length)) != self.of(i + 1))
+
     def salt(self, mode: Mode, index: int) -> bytes:
         """What tells a sequence's page `index` from one of the same tokens computed otherwise."""
         is_indifferent = (index + 1) * PAGE_TOKENS <= self.indifferent_tokens

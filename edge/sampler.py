@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,6 +27,8 @@ def _integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+MOST_LOGPROBS = 20  # alternatives that are listed for a token
+
 # What each field may be, and how the error says so. Comparisons are written so that NaN fails them.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda v: _real(v) and 0 <= v < math.inf, "a finite number of at least 0 (0 is greedy)"),
@@ -36,6 +39,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _real(v) and 0 < v < math.inf,
         "a finite number above 0 (1 is no penalty)",
     ),
+    "presence_penalty": (lambda v: _real(v) and -2 <= v <= 2, "a number from -2 to 2 (0 is no penalty)"),
+    "frequency_penalty": (lambda v: _real(v) and -2 <= v <= 2, "a number from -2 to 2 (0 is no penalty)"),
+    "logit_bias": (
+        lambda v: (
+            isinstance(v, Mapping) and all(map(_integer, v)) and all(_real(b) and abs(b) <= 100 for b in v.values())
+        ),
+        "token ids with numbers from -100 to 100",
+    ),
+    "logprobs": (
+        lambda v: v is None or (_integer(v) and 0 <= v <= MOST_LOGPROBS),
+        f"a whole number from 0 to {MOST_LOGPROBS}, or none",
+    ),
+    "prompt_logprobs": (lambda v: isinstance(v, bool), "true or false"),
     "seed": (
         lambda v: v is None or (_integer(v) and 0 <= v < 2**64),
         "a whole number from 0 to 2**64 - 1, or none for a fresh one",
@@ -51,7 +67,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request wants its tokens chosen, and when it ends. A value out of range raises UsageError."""
+    """How a request wants its tokens chosen, and when it ends. A value out of range raises UsageError.
+
+    presence_penalty and frequency_penalty are taken from the logits of tokens of the reply, once and for each time;
+    logit_bias is added. logprobs: how many of the likeliest tokens are listed with their log-probabilities beside the
+    one that was chosen; None lists nothing. prompt_logprobs: the prompt's tokens have theirs, too.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -62,6 +83,11 @@ class SamplingParams:
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         for name, (valid, rule) in _RULES.items():
@@ -80,6 +106,50 @@ def apply_repetition_penalty(logits: Logits, seen_ids: Ids, penalty: float) -> L
     seen = logits[seen_ids]
     logits[seen_ids] = np.where(seen < 0, seen * penalty, seen / penalty)
     return logits
+
+
+def sampling_params(defaults: Mapping[str, Any], **chosen: Any) -> SamplingParams:
+    """What the user chose, then the model's generation_config, then greedy. A greedy choice drops the filters."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    values: dict[str, Any] = {name: defaults[name] for name in names if defaults.get(name) is not None}
+    if defaults.get("do_sample") is False:
+        values.pop("temperature", None)
+    values.update({name: value for name, value in chosen.items() if value is not None})
+    if "stop" in values:
+        values["stop"] = tuple(values["stop"])
+    return SamplingParams(**values)
+
+
+class LogitEdits:
+    """What a request adds to logits before anything is drawn from them: its bias, and penalties on what it said."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._bias_ids = np.fromiter(params.logit_bias, np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self._counts: Counter[int] = Counter()
+
+    @property
+    def any(self) -> bool:
+        """Is there anything to do?"""
+        return bool(self._bias_ids.size or self._presence or self._frequency)
+
+    def apply(self, logits: Logits) -> Logits:
+        """A copy of `logits` [vocab] with bias and penalties; UsageError if the bias is for an unknown token."""
+        logits = logits.copy()
+        if self._bias_ids.size:
+            if self._bias_ids.min() < 0 or self._bias_ids.max() >= logits.size:
+                raise UsageError(f"logit_bias names a token outside the vocabulary; use ids 0..{logits.size - 1}")
+            logits[self._bias_ids] += self._bias
+        if self._counts and (self._presence or self._frequency):
+            said = np.fromiter(self._counts, np.int64)
+            times = np.fromiter(self._counts.values(), np.float32)
+            logits[said] -= np.float32(self._presence) + np.float32(self._frequency) * times
+        return logits
+
+    def count(self, token: int) -> None:
+        """A token was drawn."""
+        self._counts[token] += 1
 
 
 def filtered_probabilities(logits: Logits, params: SamplingParams) -> tuple[Ids, Probs]:

@@ -19,7 +19,8 @@ class Sequence:
     """Tokens known so far, of which the first `computed` are in the cache; `runs` say how they were computed.
 
     `logits_from`: logits are wanted from this position on; None wants them after the last known token only. `tree`:
-    what may come after the last known token, its root; a step of that token then computes its nodes too.
+    what may come after the last known token, its root; a step of that token then computes its nodes too. `cuts`: places
+    that no step may go across, since a step has one switch_length.
     """
 
     cache_id: int
@@ -29,6 +30,7 @@ class Sequence:
     logits_from: int | None = None
     runs: Runs = field(default_factory=list)
     tree: TokenTree | None = None
+    cuts: tuple[int, ...] = ()
 
     @property
     def pending(self) -> int:
@@ -38,6 +40,11 @@ class Sequence:
     def length_after(self, count: int) -> int:
         """The switch_length of a step of its next `count` tokens: see StepBatch."""
         return max(self.prompt_length, self.computed + count)
+
+    @property
+    def uncut(self) -> int:
+        """Pending tokens that one step may compute."""
+        return min([self.pending, *(cut - self.computed for cut in self.cuts if cut > self.computed)])
 
     @property
     def tree_rows(self) -> int:
@@ -61,7 +68,7 @@ class Step:
 class Scheduler:
     """Every decoding sequence takes part in every step; prompts share what is left of `chunk` tokens, in order.
 
-    A sequence has logits of at most `rows` tokens in a step; None is `chunk`.
+    A step has logits of at most `rows` tokens, if it has fewer sequences than that; None is `chunk`.
     """
 
     def __init__(self, cache: KVCache, chunk: int, rows: int | None = None) -> None:
@@ -69,20 +76,26 @@ class Scheduler:
         self._chunk = chunk
         self._rows = chunk if rows is None else rows
 
-    def next_step(self, sequences: Iterable[Sequence]) -> Step | None:
+    def next_step(self, sequences: Iterable[Sequence], chunk: int | None = None) -> Step | None:
         """The next step for these sequences, or None if nothing is pending. Reserves the pages it writes.
 
+        chunk: tokens of the step at most, if fewer than usual.
         A sequence for which there are no pages waits as long as another can run; NoPagesError if none can.
         """
         active = sorted((s for s in sequences if s.pending), key=lambda s: s.pending > 1)
         chosen: list[Sequence] = []
         counts: list[int] = []
         refusal: NoPagesError | None = None
-        room = max(self._chunk, sum(s.pending == 1 for s in active))
+        room = max(self._chunk if chunk is None else min(chunk, self._chunk), sum(s.pending == 1 for s in active))
+        rows = max(1, self._rows - sum(s.logits_from is None for s in active))
         for sequence in active:
-            count = min(sequence.pending, room)
+            before = 0
+            count = min(sequence.uncut, room)
             if sequence.logits_from is not None:
-                count = min(count, max(sequence.logits_from - sequence.computed, 0) + self._rows)
+                if rows < 1:
+                    continue
+                before = max(sequence.logits_from - sequence.computed, 0)
+                count = min(count, before + rows)
             if count == 0:
                 break
             if sequence.pending - count == 1 and count > 3:
@@ -96,6 +109,8 @@ class Scheduler:
             except NoPagesError as error:
                 refusal = refusal or error
                 continue
+            if sequence.logits_from is not None:
+                rows -= max(count - before, 0)
             chosen.append(sequence)
             counts.append(count)
             room -= count + sequence.tree_rows

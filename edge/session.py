@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge.generation import TokenEvent
 from edge.sampler import SamplingParams
 from edge.scheduler import Sequence as ScheduledSequence
 from edge.speculation.statistics import Speculated
@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from edge.engine import Engine
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One generated token. finish_reason: None while there is more, 'stop' (end token) or 'length'."""
-
-    token_id: int
-    finish_reason: str | None
 
 
 class Session:
@@ -48,21 +40,20 @@ class Session:
 
         `progress(done, total)` counts prompt tokens during the prefill. A new call ends an earlier reply.
         """
-        self._engine.check_prompt(prompt_ids)
-        sequence = self._sequence
-        self._engine.reuse(sequence, prompt_ids)
+        engine, sequence = self._engine, self._sequence
+        generation = engine.begin(sequence, prompt_ids, params)
+        self.speculated = None if generation.speculator is None else generation.speculator.statistics
         tokens = sequence.tokens
-        limit = min(params.max_tokens, self._engine.max_context - len(prompt_ids))
-        end_tokens = () if params.ignore_eos else self._engine.eos_token_ids
-        speculator = self._engine.begin_speculation()
-        self.speculated = None if speculator is None else speculator.statistics
-        for index, token in enumerate(self._engine.tokens(sequence, params, limit, progress, speculator)):
-            tokens.append(token)
-            reason = "length" if index + 1 == limit else None
-            if token in end_tokens:
-                reason = "stop"
-            yield TokenEvent(token, reason)
-            if reason is not None:
+        while True:
+            while not generation.ready:
+                if generation.error is not None:
+                    raise generation.error
+                engine.step([generation])
+                if progress is not None and not generation.taken:
+                    progress(sequence.computed, sequence.prompt_length)
+            event = engine.take(generation)
+            yield event
+            if event.finish_reason is not None:
                 return
             if sequence.tokens is not tokens:
                 raise RuntimeError("this reply was ended by a later one of the same session")

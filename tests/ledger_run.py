@@ -22,6 +22,9 @@ REPLY = 3  # tokens; a prompt has the rest of the context
 class Always:
     """A pace that does not wait for measurements: CPM.cu's tree of 12 nodes on two levels, wherever it fits."""
 
+    def beside(self, sequences: int) -> Always:
+        return self
+
     def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
         return min(most_rows, 11), min(most_depth, 2)
 
@@ -45,9 +48,9 @@ def main() -> None:
     if "offload" in options:
         options["offload"] = Path(options["offload"])
     engine = open_engine(Path(sys.argv[1]), EngineOptions(**options))
-    if engine._speculation is not None:
-        engine._speculation = replace(engine._speculation, pace=Always())
-    replied = generate_all(engine, REPLY if engine._speculation is None else 10 * REPLY)
+    if engine.speculation is not None:
+        engine.speculation = replace(engine.speculation, pace=Always())
+    replied = generate_all(engine, REPLY if engine.speculation is None else 10 * REPLY)
     rows = engine.plan.run.rows
     engine.logits(list(range(5, 5 + rows)), last=rows)
     if engine.max_context > engine.plan.run.chunk:  # a thread that has had no task has no buffers yet

@@ -60,6 +60,19 @@ def test_imports_flow_one_way(path: Path) -> None:
         assert not host or path.parent.name == "cli", "only the host's commands may reach build_engine"
 
 
+# Who may import these folders of `edge`, besides themselves: everything below knows nothing of them.
+ABOVE = {"serving": ("server", "cli"), "server": ("cli",), "cli": ()}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(ROOT / "edge")], ids=lambda p: p.name)
+def test_engine_serving_server_and_commands_are_layers(path: Path) -> None:
+    folder = path.relative_to(ROOT / "edge").parts[0]
+    for layer, above in ABOVE.items():
+        used = {name for name in imports(path, everywhere=True) if name.startswith(f"edge.{layer}")}
+        allowed = folder in (layer, *above) or path == ROOT / "edge" / "__main__.py"
+        assert not used or allowed, f"{sorted(used)} is above {folder}"
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = path.read_text()
@@ -79,7 +92,17 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_the_command_starts_light() -> None:
     """No inference library, exporter or GPU stack before a command needs it; no torch ever."""
-    heavy = {"torch", "transformers", "tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "gguf", "build_engine"}
+    heavy = {
+        "torch",
+        "transformers",
+        "tensorrt",
+        "tensorrt_rtx",
+        "onnx",
+        "onnxruntime",
+        "gguf",
+        "build_engine",
+        "fastapi",
+    }
     assert not loaded_by("import edge.cli.app") & heavy
 
 

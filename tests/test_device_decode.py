@@ -16,6 +16,8 @@ from edge.errors import EdgeError
 from edge.executor import DecodingExecutor, DrawParams, StepBatch
 from edge.plan import EngineOptions
 from edge.sampler import Sampler, SamplingParams, apply_repetition_penalty
+from edge.serving.batcher import Batcher, BatchLimits
+from edge.serving.request import Request
 from plugins.sampling.meaning import DecodeState, SamplingInputs, advance, mark_seen, sample
 from tests.test_engine import GREEDY, prompt, reply
 from tests.wrapped_executor import WrappedExecutor
@@ -53,8 +55,8 @@ def engine(tiny_bundle: Path) -> Engine:
 
 def decoding(engine: Engine, burst: int) -> Engine:
     """The engine with another burst; its executor may be wrapped already."""
-    if isinstance(engine._executor, Decoding):
-        engine._executor = engine._executor.inner
+    if isinstance(engine.executor, Decoding):
+        engine.executor = engine.executor.inner
     assert isinstance(Decoding(engine, burst), DecodingExecutor)
     return engine
 
@@ -67,8 +69,8 @@ SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penal
 def test_bursts_of_any_length_give_the_host_loops_tokens(engine: Engine, burst: int, length: int, tokens: int) -> None:
     params = replace(GREEDY, max_tokens=tokens)
     on_device = reply(decoding(engine, burst), prompt(length), params)
-    assert sum(engine._executor.bursts) == tokens - 1 and max(engine._executor.bursts, default=0) <= burst
-    engine._executor = engine._executor.inner
+    assert sum(engine.executor.bursts) == tokens - 1 and max(engine.executor.bursts, default=0) <= burst
+    engine.executor = engine.executor.inner
     assert on_device == reply(engine, prompt(length), params)
 
 
@@ -111,7 +113,7 @@ def test_logits_without_a_choice_are_an_error(engine: Engine) -> None:
     with pytest.raises(EdgeError, match="no logit is finite"):
         draw.first(np.full(16, -np.inf, np.float32), [1])
     decoding(engine, 4)
-    engine._executor.decode = lambda batch, params, count: np.full((count, 1), -1, np.int32)  # type: ignore[method-assign]
+    engine.executor.decode = lambda batch, params, count: np.full((count, 1), -1, np.int32)  # type: ignore[method-assign]
     with pytest.raises(EdgeError, match="no logit is finite"):
         reply(engine, prompt(4))
 
@@ -171,3 +173,31 @@ def test_a_session_saved_inside_a_burst_has_what_was_taken_of_it(tiny_bundle: Pa
     assert reply(engine, again) == expected
     with pytest.raises(RuntimeError, match="ended by a later one"):
         next(replies)
+
+
+def test_bursts_of_several_requests_give_each_its_own_tokens(tiny_bundle: Path) -> None:
+    """Some end early, some are sampled, one wants log-probabilities, which a device does not give."""
+    options = EngineOptions(context=192, chunk=64, sequences=4)
+    single = open_engine(tiny_bundle, options)
+    engine = open_engine(tiny_bundle, options)
+    wrapped = [Decoding(single, 16), Decoding(engine, 16)]
+    batcher = Batcher(engine, BatchLimits(sequences=4))
+    more = [{}, {"temperature": 0.9, "seed": 4, "repetition_penalty": 1.2}, {"temperature": 0.7, "seed": 8}, {}]
+    requests = [
+        Request(tuple(prompt(20 + 9 * i, i)), SamplingParams(max_tokens=9 + 11 * i, ignore_eos=i != 3, **values))
+        for i, values in enumerate(more)
+    ]
+    listed = Request(requests[0].prompt_ids, replace(requests[0].params, logprobs=2))
+    for batch in (requests, [*requests, listed]):
+        tickets = [batcher.ticket(request) for request in batch]
+        for ticket in tickets:
+            batcher.add(ticket)
+        while batcher.running or len(batcher.queue):
+            batcher.step()
+        for ticket in tickets:
+            events = [event for output in ticket.outbox.take() for event in output.tokens]
+            wanted = list(single.generate(ticket.request.prompt_ids, ticket.request.params))
+            assert [event.token_id for event in events] == [event.token_id for event in wanted]
+            assert events[-1].finish_reason == wanted[-1].finish_reason
+            assert all((event.logprobs is None) == (ticket.request is not listed) for event in events)
+    assert max(wrapped[1].bursts) > 1 and engine.cache.free_pages == engine.cache.num_pages

@@ -83,8 +83,8 @@ def open_offloaded(bundle: Bundle, slots: int = SLOTS) -> Engine:
 
 
 def executor_of(engine: Engine) -> TensorRTExecutor:
-    assert isinstance(engine._executor, TensorRTExecutor)
-    return engine._executor
+    assert isinstance(engine.executor, TensorRTExecutor)
+    return engine.executor
 
 
 def offload_of(engine: Engine) -> DeviceOffload:

@@ -52,8 +52,8 @@ def driver() -> Generator[EmulatedDriver, None, None]:
 
 
 def executor_of(engine: Engine) -> TensorRTExecutor:
-    assert isinstance(engine._executor, TensorRTExecutor)
-    return engine._executor
+    assert isinstance(engine.executor, TensorRTExecutor)
+    return engine.executor
 
 
 def speculated(engine: Engine, ids: list[int], wanted: list[int], seed: int) -> list[int]:

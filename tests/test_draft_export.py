@@ -304,8 +304,8 @@ def test_a_reply_with_the_draft_is_the_reply(temperature: float, kind: str, spar
     ids = np.array(list(dict.fromkeys(expected))[:10], np.int32)
     bundle = export(tmp_path / "bundle", base, draft, FORMATS[kind], ids)
     engine = open_engine(bundle.path, EngineOptions(context=256, threads=2, speculative="eagle"))
-    assert engine._speculation is not None
-    engine._speculation = replace(engine._speculation, pace=Always())
+    assert engine.speculation is not None
+    engine.speculation = replace(engine.speculation, pace=Always())
     assert [event.token_id for event in engine.generate(prompt, params)] == expected
-    totals = engine._speculation.totals
+    totals = engine.speculation.totals
     assert totals.accepted >= 3 and len(totals.lengths) > 1

@@ -132,7 +132,7 @@ def test_an_abandoned_reply_frees_its_pages(engine: Engine) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_session_survives_an_interrupted_step(engine: Engine, cold: Engine, error: type[BaseException]) -> None:
     session, calls = engine.open_session(), 0
-    original = engine._executor.step
+    original = engine.executor.step
 
     def fail_once(batch: StepBatch) -> StepResult:
         nonlocal calls
@@ -141,7 +141,7 @@ def test_a_session_survives_an_interrupted_step(engine: Engine, cold: Engine, er
             raise error
         return original(batch)
 
-    engine._executor.step = fail_once  # type: ignore[method-assign]
+    engine.executor.step = fail_once  # type: ignore[method-assign]
     with pytest.raises(error):
         list(session.generate(prompt(100), GREEDY))
     warm = [event.token_id for event in session.generate(prompt(100), GREEDY)]

@@ -163,13 +163,13 @@ def test_a_haystack_is_computed_once_and_the_replies_are_those_of_a_fresh_cache(
 ) -> None:
     engine = open_engine(tiny_bundle, EngineOptions(context=2000))
     plan = HaystackPlan((2000,), samples=3)
-    step, computed = engine._executor.step, list[int]()
+    step, computed = engine.executor.step, list[int]()
 
     def counting(batch: Any) -> Any:
         computed.append(len(batch.input_ids))
         return step(batch)
 
-    monkeypatch.setattr(engine._executor, "step", counting)
+    monkeypatch.setattr(engine.executor, "step", counting)
     report = run_eval(engine, tokenizer, settings_of(plan))
     assert sum(computed) < 2000 + 2 * 400  # three haystacks would be 6000
 

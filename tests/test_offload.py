@@ -69,8 +69,8 @@ def engine_of(path: Path, folder: Path | None, slots: int = 0, chunk: int = 100,
 
 
 def executor_of(engine: Engine) -> OnnxRuntimeExecutor:
-    assert isinstance(engine._executor, OnnxRuntimeExecutor)
-    return engine._executor
+    assert isinstance(engine.executor, OnnxRuntimeExecutor)
+    return engine.executor
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

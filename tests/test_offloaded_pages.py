@@ -111,7 +111,7 @@ def test_a_saved_session_is_restored_wherever_its_pages_are(
     list(restoring.generate(prompt(700, seed=4), FEW))  # what the pages held before must not show
     restored = restoring.restore_session(tmp_path / "session")
     pages = [e.cache.pages(s._sequence.cache_id)[:8] for e, s in ((saving, session), (restoring, restored))]
-    values = [e._executor.save_pages(p) for e, p in zip((saving, restoring), pages, strict=True)]
+    values = [e.executor.save_pages(p) for e, p in zip((saving, restoring), pages, strict=True)]
     np.testing.assert_array_equal(*values)
     again = [*ids, *said, *prompt(30, seed=1)]
     assert turn(restored, again) == turn(session, again)

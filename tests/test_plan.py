@@ -19,8 +19,8 @@ from edge.engine import open_engine
 from edge.errors import EdgeError
 from edge.memory import fit
 from edge.memory.fit import make_plan
-from edge.memory.ledger import page_bytes
-from edge.plan import EngineOptions
+from edge.memory.ledger import cpu_ledger, page_bytes, total
+from edge.plan import EngineOptions, subject_of
 from plugins import PAGE_TOKENS
 
 MIB = 1 << 20
@@ -57,7 +57,7 @@ def offers(bundle: Bundle, options: EngineOptions) -> tuple[str, EngineOptions |
 
 def test_a_page_is_what_the_executor_allocates(tiny_bundle: Path, bundle: Bundle) -> None:
     engine = open_engine(tiny_bundle, EngineOptions(context=640))
-    pools = engine._executor._pools  # type: ignore[attr-defined]
+    pools = engine.executor._pools  # type: ignore[attr-defined]
     planned = engine.plan.bytes("kv cache") + engine.plan.bytes("compressed keys")
     assert sum(pool.numpy().nbytes for pool in pools) == planned == 10 * page(bundle)
 
@@ -192,3 +192,18 @@ def test_the_first_version_of_control_groups_counts_too(tmp_path: Path, monkeypa
     (group.parent / "memory.limit_in_bytes").write_text(f"{80 * MIB}\n")
     (group.parent / "memory.usage_in_bytes").write_text(f"{75 * MIB}\n")
     assert machine.available_memory() == 5 * MIB
+
+
+def test_sequences_share_the_pages_that_memory_has_room_for(tiny_bundle: Path) -> None:
+    """A whole context for one comes first, then as much as fits, up to a context for each."""
+    bundle = open_bundle(tiny_bundle)
+    alone = make_plan(bundle, EngineOptions(context=1024))
+    plenty = make_plan(bundle, EngineOptions(context=1024, sequences=4))
+    assert (alone.num_pages, plenty.num_pages) == (16, 64)
+    least = make_plan(bundle, EngineOptions(context=64, sequences=4)).total
+    for memory in range(plenty.total - 400_000, plenty.total, 37_000):
+        plan = make_plan(bundle, EngineOptions(context=1024, memory=memory, sequences=4))
+        assert plan.total <= memory and 16 <= plan.num_pages < 64
+        one_more = replace(plan.run, spare=plan.num_pages - 16 + 1)
+        subject = subject_of(bundle, EngineOptions())
+        assert total(cpu_ledger(subject, one_more)) > memory > least

@@ -37,6 +37,9 @@ PROMPT, REPLY = 150, 420  # the reply crosses the switch to the long list, then 
 class Eager:
     """Verifies as much as it may."""
 
+    def beside(self, sequences: int) -> Eager:
+        return self
+
     def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
         """All."""
         return most_rows, most_depth
@@ -108,7 +111,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def speculate(engine: Engine, reply: Sequence[int], ids: Sequence[int], seed: int) -> None:
     vocab = engine.vocab_size
-    engine._speculation = Speculation("prophet", lambda: Prophet([*ids, *reply], seed, vocab), Eager())
+    engine.speculation = Speculation("prophet", lambda: Prophet([*ids, *reply], seed, vocab), Eager())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -135,8 +138,8 @@ def test_a_draft_models_trees_change_nothing(bundle: Path, temperature: float) -
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=REPLY, ignore_eos=True)
     plain = open_engine(bundle, EngineOptions(context=1024, threads=2, chunk=64))
     engine = open_engine(bundle, EngineOptions(context=1024, threads=2, chunk=64, speculative="eagle"))
-    assert engine._speculation is not None
-    engine._speculation = replace(engine._speculation, pace=Eager())
+    assert engine.speculation is not None
+    engine.speculation = replace(engine.speculation, pace=Eager())
     session = engine.open_session()
     found = [event.token_id for event in session.generate(ids, params)]
     assert found == [event.token_id for event in plain.generate(ids, params)]
@@ -149,14 +152,14 @@ def test_no_node_of_sparse_attention_ends_a_page(bundle: Path) -> None:
     sequence = ScheduledSequence(0, prompt_length=10)
     for first in range(100, 500):
         sequence.computed = first
-        mode = engine._modes.of(first + 1)
-        limits = engine._limits(sequence, first + 1, left=100)
+        mode = engine.modes.of(first + 1)
+        limits = engine._loop._limits(sequence, first + 1, left=100, share=engine.plan.run.rows)
         for depth in range(1, limits.depth + 1):
-            assert engine._modes.of(first + depth + 1) == mode
+            assert engine.modes.of(first + depth + 1) == mode
             assert not mode.is_sparse or (first + depth) % PAGE_TOKENS != PAGE_TOKENS - 1
         further = first + limits.depth + 1
         ends_page = mode.is_sparse and further % PAGE_TOKENS == PAGE_TOKENS - 1
-        assert limits.depth == 15 or ends_page or engine._modes.of(further + 1) != mode
+        assert limits.depth == 15 or ends_page or engine.modes.of(further + 1) != mode
 
 
 def test_nothing_is_counted_after_the_end_of_a_reply(bundle: Path) -> None:
@@ -176,8 +179,8 @@ def test_nothing_is_counted_after_the_end_of_a_reply(bundle: Path) -> None:
 
 def test_a_copied_page_is_copied_in_the_drafts_cache_too(bundle: Path) -> None:
     engine = open_engine(bundle, EngineOptions(context=1024, threads=2, speculative="eagle"))
-    assert engine._speculation is not None and isinstance(engine._speculation.draft, OnnxRuntimeDraft)
-    pages = engine._speculation.draft._pool.values
+    assert engine.speculation is not None and isinstance(engine.speculation.draft, OnnxRuntimeDraft)
+    pages = engine.speculation.draft._pool.values
     pages[3] = 1
     engine.cache._copy_pages([(3, 5)])
     np.testing.assert_array_equal(pages[5], pages[3])

@@ -113,8 +113,8 @@ def test_an_int8_cache_gives_the_tokens_of_the_cpu_executors(tmp_path: Path, cpu
     with emulated_gpu("sm_86", kernels_of(CONFIG, "uint8_t")):
         engine = open_on_device(bundle)
         assert engine.describe()["kv"] == "int8"
-        assert isinstance(engine._executor, TensorRTExecutor)
-        assert engine._executor._pool.used == engine._executor._pool.size
+        assert isinstance(engine.executor, TensorRTExecutor)
+        assert engine.executor._pool.used == engine.executor._pool.size
         for length in (50, 150):  # dense, and sparse
             ids = prompt(length)
             ours, same, wide = (one.logits(ids, 11) for one in (engine, rounded, cpu))
@@ -175,8 +175,8 @@ def test_a_saved_session_is_restored_to_the_byte(engine: Engine, tmp_path: Path)
     other = open_on_device(engine.bundle)
     restored = other.restore_session(tmp_path / "session")
     pages = [e.cache.pages(s._sequence.cache_id) for e, s in ((engine, session), (other, restored))]
-    saved = [e._executor.save_pages(p) for e, p in zip((engine, other), pages, strict=True)]
-    assert saved[0].any() and saved[0].shape == (3, engine._executor.page_bytes)
+    saved = [e.executor.save_pages(p) for e, p in zip((engine, other), pages, strict=True)]
+    assert saved[0].any() and saved[0].shape == (3, engine.executor.page_bytes)
     np.testing.assert_array_equal(saved[0], saved[1])
     again = [*ids, *answer, *prompt(10, seed=1)]
     assert [event.token_id for event in restored.generate(again, GREEDY)] == reply(open_copy(engine), again)
@@ -232,7 +232,7 @@ def draw_params(temperatures: list[float], step: int = 100, **other: Any) -> Dra
 def test_a_batch_of_sequences_draws_what_each_would_alone(engine: Engine, temperatures: list[float]) -> None:
     """Lengths on both sides of the sparse limit, replayed as a graph; the oracle goes step by step from the host."""
     count = 5
-    executor = engine._executor
+    executor = engine.executor
     assert isinstance(executor, TensorRTExecutor)
     sequences = open_sequences(engine, [40, 130, 200])
     scheduler = Scheduler(engine.cache, 64)
@@ -275,7 +275,7 @@ def test_decoding_allocates_nothing_and_waits_once_a_burst(engine: Engine, drive
 
 
 def test_the_pool_is_used_to_the_last_byte(engine: Engine) -> None:
-    executor = engine._executor
+    executor = engine.executor
     assert isinstance(executor, TensorRTExecutor)
     assert executor._pool.used == executor._pool.size
     assert engine.plan.num_pages == 512 // 64

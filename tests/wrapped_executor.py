@@ -14,9 +14,9 @@ class WrappedExecutor:
     """Takes the place of an engine's executor and hands everything on to it."""
 
     def __init__(self, engine: Engine) -> None:
-        self.inner = engine._executor
+        self.inner = engine.executor
         self.num_pages = self.inner.num_pages
-        engine._executor = self
+        engine.executor = self
 
     def step(self, batch: StepBatch) -> StepResult:
         return self.inner.step(batch)

@@ -24,13 +24,14 @@ from edge.cli.mapreduce import mapreduce
 from edge.cli.plan import plan
 from edge.cli.quantize import quantize
 from edge.cli.selftest import selftest
+from edge.cli.serve import serve
 from edge.errors import EdgeError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="edge",
-    help="On-device runtime for MiniCPM4: plan, quantise, export, build engines, run, chat, measure.\n\n"
+    help="On-device runtime for MiniCPM4: plan, quantise, export, build engines, run, chat, serve, measure.\n\n"
     "Add --debug to any command to see where an error came from.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,6 +45,7 @@ app.command("run")(run)
 app.command("chat")(chat)
 app.command("mapreduce")(mapreduce)
 app.command("logits")(logits)
+app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)

@@ -15,7 +15,7 @@ from edge.engine import Engine, open_engine
 from edge.errors import UsageError
 from edge.machine import usable_cores
 from edge.plan import EngineOptions
-from edge.sampler import SamplingParams
+from edge.sampler import sampling_params as sampling_params
 
 BundlePath = Annotated[Path, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")]
 Context = Annotated[
@@ -54,6 +54,7 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that already occurred.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
+Sequences = Annotated[int, typer.Option(min=1, max=256, help="Requests computed at once, at most.")]
 Save = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Keep the conversation and its KV cache in this file at the end.")
 ]
@@ -120,18 +121,6 @@ def load_engine(
     if engine.max_context > trained:
         note(f"a context of {engine.max_context} tokens exceeds the {trained} the model was made for; quality may fall")
     return engine
-
-
-def sampling_params(defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
-    """What the user chose, then the model's generation_config, then greedy. A greedy choice drops the filters."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    values = {name: defaults[name] for name in names if defaults.get(name) is not None}
-    if defaults.get("do_sample") is False:
-        values.pop("temperature", None)
-    values.update({name: value for name, value in chosen.items() if value is not None})
-    if "stop" in values:
-        values["stop"] = tuple(values["stop"])
-    return SamplingParams(**values)
 
 
 def check_output(path: Path) -> None:

@@ -63,7 +63,14 @@ def open_executor(
     before, _ = device.memory()
     engine = load_engine(file, flavour, PluginHost(kernels))
     engine = replace(engine, device_bytes=max(0, before - device.memory()[0]))
-    run = Run(options.context or limit, chunk=options.chunk, rows=max(sizes.rows, sizes.verify))
+    sequences = min(options.sequences, sizes.sequences)
+    run = Run(
+        options.context or limit,
+        sequences,
+        chunk=options.chunk,
+        rows=max(sizes.rows, sizes.verify),
+        spare=0 if sequences > 1 else None,
+    )
     host = MEMORY if device.is_integrated else HOST
     ledger = _ledger(bundle, options, engine, sizes, file.measured.bytes, host)
     if options.offload is None:

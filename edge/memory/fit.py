@@ -31,10 +31,12 @@ def make_plan(bundle: Bundle, options: EngineOptions, free: int | None = None) -
     subject = replace(subject, config=replace(subject.config, sparse=sparse))
     run = Run(
         options.context or limit,
+        sequences=options.sequences,
         chunk=options.chunk,
         rows=options.logits_rows,
         threads=options.threads,
         packed=multiplies_packed(),
+        spare=0 if options.sequences > 1 else None,
     )
     if free is None:
         free = available_memory() + (anonymous_bytes() or 0)  # the plan has a line for what this process has already
@@ -52,13 +54,14 @@ def fit_plan(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *
     is loaded.
 
     A context that was asked for and does not fit is refused, though it may exceed what the model was trained for;
-    one that was not asked for is the run's, or as much of it as fits.
+    one that was not asked for is the run's, or as much of it as fits. Sequences that share a pool get the rest, up to a
+    context for each.
     """
     budget = budget_of(options, free)
     fitting = largest_context(ledger, run, budget)
     if fitting < (1 if options.context is None else run.context):
         raise EdgeError(_refusal(bundle, options, ledger, run, budget, fitting))
-    run = replace(run, context=fitting)
+    run = most_spare(ledger, replace(run, context=fitting), budget)
     return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
 
 
@@ -76,7 +79,8 @@ def fit_offloaded(
     fitting = largest_context(ledger, leanest, budget)
     if room is not None:
         page = _offloaded(ledger(leanest)).bytes // run.pages
-        fitting = min(fitting, room // page // run.sequences * PAGE_TOKENS)
+        contexts = run.sequences if run.spare is None else 1
+        fitting = min(fitting, room // page // contexts * PAGE_TOKENS)
     if fitting < (least * PAGE_TOKENS if options.context is None else run.context):
         plain = largest_context(ledger, run, budget)
         raise EdgeError(_offload_refusal(options, ledger, leanest, budget, room, max(fitting, plain)))
@@ -109,6 +113,14 @@ def most_resident(ledger: Ledger, run: Run, budget: int, least: int) -> Run:
     """The run with as many pages in memory as fit, at least `least`, and the others elsewhere."""
     resident = largest(lambda pages: total(ledger(replace(run, resident=pages))) <= budget, least, run.pages)
     return replace(run, resident=resident)
+
+
+def most_spare(ledger: Ledger, run: Run, budget: int) -> Run:
+    """The run with as many pages that its sequences share as fit; without a shared pool, as it is."""
+    if run.spare is None:
+        return run
+    most = (run.sequences - 1) * pages_for(run.context)
+    return replace(run, spare=largest(lambda n: total(ledger(replace(run, spare=n))) <= budget, 0, most))
 
 
 def largest(fits: Callable[[int], bool], least: int, most: int) -> int:

@@ -12,7 +12,8 @@ class Run:
     """How it runs: `sequences` of up to `context` tokens, `chunk` prompt tokens a step, logits of up to `rows` rows.
 
     packed: whether the processor multiplies pairs of bfloat16 and fours of int8 (plugins/ort/library.py knows).
-    resident: KV pages in memory if the others are offloaded; None keeps all of them.
+    resident: KV pages in memory if the others are offloaded; None keeps all of them. spare: KV pages besides those of
+    one whole context, if sequences share a pool; None: each has room for a context of its own.
     """
 
     context: int
@@ -22,10 +23,13 @@ class Run:
     threads: int = 1
     packed: bool = False
     resident: int | None = None
+    spare: int | None = None
 
     @property
     def pages(self) -> int:
         """KV pages of all sequences."""
+        if self.spare is not None:
+            return pages_for(self.context) + self.spare
         return self.sequences * pages_for(self.context)
 
     @property

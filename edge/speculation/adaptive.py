@@ -38,11 +38,21 @@ class Pace:
 
     def __init__(self, acceptance: Acceptance, costs: Costs | None = None) -> None:
         self._acceptance = acceptance
+        self._beside: dict[int, Pace] = {}
         self.costs = Costs() if costs is None else costs
         self._ledger = _START
         self._since_probe = np.inf  # steps since the last verified tree
         self._since_plain = 0  # trees since the last plain step
         self._verified = 0
+
+    def beside(self, sequences: int) -> Pace:
+        """The pace of steps of so many sequences, each with a tree: for 2, for up to 4, 8 and so on there is one.
+
+        What is accepted does not depend on how many there are; what rows cost does.
+        """
+        if sequences == 1:
+            return self
+        return self._beside.setdefault((sequences - 1).bit_length(), Pace(self._acceptance))
 
     def plain(self, seconds: float) -> None:
         """A plain step took this long."""

@@ -60,6 +60,10 @@ class Pace(Protocol):
         """Of a tree the nodes `path` were accepted; the step took `seconds`, proposing the tree `draft_seconds`."""
         ...
 
+    def beside(self, sequences: int) -> Pace:
+        """The pace of steps of so many sequences, which knows what they cost."""
+        ...
+
 
 class LookupDrafter:
     """Proposes what followed the last time: needs no model. While it is not asked, `pace` hears what it would say."""
@@ -121,7 +125,12 @@ class Speculator:
         self.statistics = Speculated()
         self.slots = slots
         self._drafter, self._pace, self._totals = drafter, pace, totals
+        self._alone = pace
         self._draft_seconds = 0.0
+
+    def beside(self, sequences: int) -> None:
+        """The next step has so many sequences, this one among them."""
+        self._pace = self._alone.beside(sequences)
 
     def follow(self, first: int, hidden: np.ndarray | None) -> None:
         """See `Drafter.follow`; hidden is None where there is no draft model."""
@@ -142,11 +151,13 @@ class Speculator:
         self._draft_seconds = perf_counter() - started
         return tree
 
-    def observe(self, tree: TokenTree, accepted: Accepted, step_seconds: float) -> None:
-        """What the last proposal, or a plain step, came to."""
+    def observe(self, tree: TokenTree, accepted: Accepted, step_seconds: float | None) -> None:
+        """What the last proposal, or a plain step, came to. None: the step's time does not tell what this one cost."""
         if len(tree) == 1:
-            self._pace.plain(step_seconds)
+            if step_seconds is not None:
+                self._pace.plain(step_seconds)
             return
-        self._pace.verified(tree, accepted.path, step_seconds, self._draft_seconds)
+        if step_seconds is not None:
+            self._pace.verified(tree, accepted.path, step_seconds, self._draft_seconds)
         for statistics in (self.statistics, self._totals):
             statistics.add(len(tree) - 1, len(accepted.tokens), self._draft_seconds)

@@ -187,6 +187,10 @@ class Fixed:
     def __init__(self, shape: Shape) -> None:
         self._wanted = shape.nodes - 1, shape.depth
 
+    def beside(self, sequences: int) -> Fixed:
+        """Itself."""
+        return self
+
     def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
         """It, as far as may be."""
         return min(most_rows, self._wanted[0]), min(most_depth, self._wanted[1])
@@ -206,8 +210,8 @@ def test_the_engine_accepts_what_the_recipe_does(
     bundle = export_bundle(smollm2, tmp_path / "bundle", ExportOptions(weights=EXACT, draft=draft))
     engine = open_engine(bundle, EngineOptions(context=1024, threads=2, speculative="eagle"))
     shape = Shape(TREE["top_k"], TREE["depth"], TREE["size"])
-    assert engine._speculation is not None
-    engine._speculation = replace(engine._speculation, pace=Fixed(shape))
+    assert engine.speculation is not None
+    engine.speculation = replace(engine.speculation, pace=Fixed(shape))
     few = replies[:6]
     wanted = acceptance(load_draft(MODEL), smollm2.config, embedding, few, shape)
     for text in few:
@@ -215,7 +219,7 @@ def test_the_engine_accepts_what_the_recipe_does(
         params = SamplingParams(max_tokens=len(ids) - text.first)
         found = [event.token_id for event in engine.generate(ids[: text.first], params)]
         assert found == ids[text.first :]
-    mean = engine._speculation.totals.mean_accept_length
+    mean = engine.speculation.totals.mean_accept_length
     assert mean == pytest.approx(wanted.mean, rel=0.03)
 
 

@@ -1,0 +1,262 @@
+"""What serving costs and gives: many streams beside one, the server beside `edge run`, the prefix cache, and a soak.
+
+    python -m bench.serving                              # MiniCPM4-0.5B shape, int4, 24 layers
+    python -m bench.serving --layers 4 --soak 60         # quicker, and then 64 clients for a minute
+
+Streams: as many clients at once as `--streams`, each with a prompt of its own, beside one client alone; tokens a second
+are counted from the first token of all to the last of any. Overhead: a token's time of one client's reply, beside `edge
+run` with the same prompt, alternately, median of the runs; by the clock, and by the processor with one thread, which
+does not depend on what else the machine does. Soak: clients with prompts of mixed lengths, some of which hang up, and
+one that reads slowly; every whole reply is compared with the same request alone, and at the end pages and memory must
+be what they were. With int4 weights a reply may differ where two tokens are almost equally likely, since ONNX Runtime
+rounds activations otherwise in a larger step; `--exact` leaves no such reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from bench.checkpoints import write_safetensors_once
+from bench.serving_client import Streamed, complete, server
+from bench.weight_bytes import prepare_bundle
+from build_engine.export import ExportOptions
+from build_engine.formats import WeightFormat
+from edge.bench.machine import describe_machine
+from edge.models import MINICPM4_05B
+
+console = Console(width=120)
+
+
+def prepare(folder: Path, layers: int, exact: bool) -> Path:
+    """The bundle of random weights in the 0.5B shape, made once, with a tokenizer that has a text for every id."""
+    config = replace(MINICPM4_05B, num_hidden_layers=layers)
+    place = folder / f"serving-{layers}-layers"
+    checkpoint = write_safetensors_once(place / "checkpoint", config)
+    if not (checkpoint / "tokenizer.json").exists():
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words = ["<unk>", "<s>", "</s>", *alphabet]
+        words += [f"Ġw{i}" for i in range(len(words), config.vocab_size)]
+        tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(checkpoint / "tokenizer.json"))
+    weights = WeightFormat("exact") if exact else WeightFormat("w4a16", 64, symmetric=True, head="int8")
+    return prepare_bundle(checkpoint, place / ("exact" if exact else "int4"), ExportOptions(weights=weights))
+
+
+def text(length: int, seed: int) -> str:
+    """A prompt of so many tokens: each letter is one."""
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz", k=length))
+
+
+def body(prompt: str, tokens: int) -> dict[str, Any]:
+    """A greedy request."""
+    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+
+
+async def together(port: int, prompts: Sequence[str], tokens: int) -> list[Streamed]:
+    """All at once."""
+    return await asyncio.gather(*(complete(port, body(prompt, tokens)) for prompt in prompts))
+
+
+def tokens_a_second(replies: Sequence[Streamed]) -> float:
+    """From the first token of all to the last of any; the first ones came with the prompts."""
+    began = min(reply.times[0] for reply in replies)
+    return sum(reply.tokens - 1 for reply in replies) / (max(reply.times[-1] for reply in replies) - began)
+
+
+def measure_streams(port: int, streams: int, length: int, tokens: int, repeat: int) -> None:
+    """One stream and many, in turn."""
+    one, many, first = [], [], list[float]()
+    for turn in range(repeat):
+        prompts = [text(length, 1000 * turn + i) for i in range(streams + 1)]
+        one.append(tokens_a_second(asyncio.run(together(port, prompts[:1], tokens))))
+        replies = asyncio.run(together(port, prompts[1:], tokens))
+        many.append(tokens_a_second(replies))
+        first += [reply.times[0] for reply in replies]
+    table = Table(title=f"prompts of {length} tokens, replies of {tokens}", title_justify="left")
+    for column in ("streams", "tokens/s", "beside one", "first token, median s"):
+        table.add_column(column, justify="right")
+    table.add_row("1", f"{median(one):.1f}", "", "")
+    table.add_row(str(streams), f"{median(many):.1f}", f"{median(many) / median(one):.2f}x", f"{median(first):.2f}")
+    console.print(table)
+
+
+def run(bundle: Path, prompt: str, tokens: int, threads: int) -> tuple[float, float]:
+    """`edge run` -> seconds between two tokens, and the processor's seconds in all."""
+    command = [sys.executable, "-m", "edge", "run", bundle, "--raw", "--prompt", prompt, "--max-tokens", tokens]
+    command += ["--temperature", 0, "--json", "--threads", threads, "--context", 2048]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    values = json.loads(done.stdout)
+    gap = (values["total_seconds"] - values["first_token_seconds"]) / (values["tokens"] - 1)
+    return gap, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def request(port: int, process: psutil.Process, prompt: str, tokens: int) -> tuple[float, float]:
+    """The same of one request to the server."""
+    before = process.cpu_times()
+    reply = asyncio.run(complete(port, body(prompt, tokens)))
+    after = process.cpu_times()
+    gap = (reply.times[-1] - reply.times[0]) / (reply.tokens - 1)
+    return gap, after.user + after.system - before.user - before.system
+
+
+def measure_overhead(bundle: Path, length: int, tokens: int, threads: int, repeat: int) -> None:
+    """A token's time on the server beside the command's, in turn: of the clock, and of the processor by one thread.
+
+    The processor's is the difference of a long reply and a short one. Of one thread it does not depend on what else
+    the machine does.
+    """
+    found: dict[str, list[tuple[float, float]]] = {"edge run": [], "server": []}
+    for count in (threads, 1) if threads > 1 else (1,):
+        with server(bundle, "--threads", count, "--context", 2048) as (port, process):
+            complete_once = partial(request, port, process)
+            complete_once(text(length, 3), 4)
+            for turn in range(repeat):
+                ways = {"edge run": partial(run, bundle, threads=count), "server": complete_once}
+                for name, way in ways.items():
+                    seconds = [way(text(length, 77 + 2 * turn + i), n) for i, n in enumerate((tokens // 4, tokens))]
+                    each = (seconds[1][1] - seconds[0][1]) / (tokens - tokens // 4)
+                    found[name].append((seconds[1][0], each))
+        for i, kind in enumerate(("clock", "processor")):
+            if (kind == "processor") != (count == 1):
+                continue
+            ours, plain = (1000 * median(values[i] for values in found[name]) for name in ("server", "edge run"))
+            console.print(
+                f"a token, {kind}, {count} threads: edge run {plain:.2f} ms, server {ours:.2f} ms: "
+                f"{100 * (ours / plain - 1):+.1f} %"
+            )
+        found = {name: [] for name in found}
+
+
+def measure_prefix(port: int) -> None:
+    """The same long prompt again, with another end."""
+    start = text(1024, 5)
+    cold, warm = (asyncio.run(complete(port, body(start + end, 4))) for end in ("first", "other"))
+    console.print(
+        f"a prompt of 1029 tokens: first token after {cold.times[0]:.2f} s; another with the same beginning: "
+        f"{warm.cached} cached tokens, {warm.times[0]:.2f} s"
+    )
+
+
+def gauge(port: int, name: str) -> float:
+    """A value of /metrics."""
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(name))
+
+
+async def soak(
+    port: int, clients: int, seconds: float, kinds: Sequence[dict[str, Any]], wanted: Sequence[str]
+) -> dict[str, Any]:
+    """Until the time is over -> what the clients saw."""
+    end = time.perf_counter() + seconds
+    whole: list[Streamed] = []
+    counts = {"whole": 0, "hung up": 0, "refused": 0, "differ": 0, "lost": 0}
+
+    async def client(number: int) -> None:
+        draw = random.Random(number)
+        is_slow = number == 0
+        while time.perf_counter() < end:
+            kind = draw.randrange(len(kinds))
+            hang_up = draw.randint(1, 10) if not is_slow and draw.random() < 0.25 else None
+            asked = {**kinds[kind], "user": str(number)}
+            reply = await complete(port, asked, hang_up_after=hang_up, read_pause=0.3 if is_slow else 0)
+            if reply.status == 429:
+                counts["refused"] += 1
+                await asyncio.sleep(draw.random())
+            elif hang_up is not None and reply.finish_reason is None:
+                counts["hung up"] += 1
+            elif reply.finish_reason != "length":
+                counts["lost"] += 1
+            else:
+                counts["whole"] += 1
+                counts["differ"] += reply.text != wanted[kind]
+                if not is_slow:
+                    whole.append(reply)
+
+    await asyncio.gather(*map(client, range(clients)))
+    return {"counts": counts, "replies": whole}
+
+
+def measure_soak(port: int, process: psutil.Process, clients: int, seconds: float) -> bool:
+    """Print what came of it -> whether nothing was lost and everything was given back."""
+    draw = random.Random(0)
+    kinds = [body(text(draw.choice((8, 40, 150, 400)), 500 + i), draw.choice((5, 20, 40))) for i in range(24)]
+    alone = [asyncio.run(complete(port, kind)) for kind in kinds]
+    before = process.memory_info().rss
+    found = asyncio.run(soak(port, clients, seconds, kinds, [reply.text for reply in alone]))
+    deadline = time.perf_counter() + 30
+    while gauge(port, 'edge_kv_pages{state="held"}') and time.perf_counter() < deadline:
+        time.sleep(0.2)
+    held, after = gauge(port, 'edge_kv_pages{state="held"}'), process.memory_info().rss
+    replies, counts = found["replies"], found["counts"]
+    console.print(f"soak: {clients} clients for {seconds:.0f} s, one of which reads slowly: {counts}")
+    for name, values in (
+        ("first token", [reply.times[0] for reply in replies]),
+        ("between tokens", np.concatenate([np.diff(reply.times) for reply in replies])),
+        ("whole reply", [reply.seconds for reply in replies]),
+    ):
+        half, most = np.percentile(values, [50, 99])
+        console.print(f"  {name}: p50 {half:.3f} s, p99 {most:.3f} s")
+    preemptions = gauge(port, "edge_preemptions_total")
+    console.print(
+        f"  pages held at the end: {held:.0f}; preemptions: {preemptions:.0f}; resident memory: "
+        f"{before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after"
+    )
+    return not held and not counts["lost"]
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="Layers of the shape.")] = MINICPM4_05B.num_hidden_layers,
+    streams: Annotated[int, typer.Option(help="Clients at once.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of a reply.", min=2)] = 64,
+    repeat: Annotated[int, typer.Option(help="Times each is measured.")] = 3,
+    soak_seconds: Annotated[float, typer.Option("--soak", help="Seconds of the soak; 0 leaves it out.")] = 0,
+    clients: Annotated[int, typer.Option(help="Clients of the soak.")] = 64,
+    threads: Annotated[int, typer.Option(help="Threads of the model.")] = 2,
+    exact: Annotated[bool, typer.Option("--exact", help="32-bit weights instead of int4.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the model is kept.")] = Path("build/bench"),
+) -> None:
+    """Measure and print; exit code 1 if the soak lost something."""
+    bundle = prepare(folder, layers, exact)
+    kind = "float32" if exact else "int4"
+    console.print(f"MiniCPM4-0.5B shape, {layers} layers, random weights, {kind}; {describe_machine().cpu_model}")
+    options = ("--threads", threads, "--context", 2048, "--sequences", max(8, streams))
+    with server(bundle, *options) as (port, _):
+        asyncio.run(complete(port, body(text(length, 1), 8)))
+        if repeat:
+            measure_streams(port, streams, length, tokens, repeat)
+            measure_prefix(port)
+    if repeat:
+        measure_overhead(bundle, length, tokens, threads, repeat)
+    if soak_seconds:
+        with server(bundle, *options, "--queue", clients) as (port, process):
+            if not measure_soak(port, process, clients, soak_seconds):
+                raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""The OpenAI protocol over HTTP, on edge/serving."""
