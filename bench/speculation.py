@@ -5,8 +5,8 @@
 
 Three kinds of text: answers to held-out questions of a chat, copying (a passage that the prompt has begun to repeat)
 and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a
-figure is the median of its rounds. Every reply must be the same tokens whichever way it was decoded. Then what the
-draft's step costs with the full head and with FR-Spec's. Needs the extra `bench`.
+figure is the median of its rounds. Every reply must be the same tokens whichever way it was decoded. Then what a step
+of several tokens costs, and the draft's step with the full head and with FR-Spec's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edge.bench.machine import describe_machine
 from edge.bundle import open_bundle
 from edge.cli.generate import load_tokenizer
 from edge.engine import Engine, open_engine
+from edge.executor import StepBatch
 from edge.executors.draft import OnnxRuntimeDraft
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
@@ -45,6 +46,8 @@ DRAFT = Path("tests/draft/model")
 WAYS = ("off", "lookup", "eagle")
 PASSAGE = 1200  # characters that are to be copied
 STEPS = 60  # of a draft, timed
+ROWS = (1, 2, 3, 5, 9, 16)  # tokens of timed steps of the model
+CONTEXT = 256  # tokens before them
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,29 @@ def draft_seconds(bundle: Path, threads: int) -> float:
     return median(seconds[STEPS // 4 :])
 
 
+def step_seconds(engine: Engine) -> dict[int, float]:
+    """Medians of steps of ROWS tokens of one sequence, all of whose logits are wanted; sizes take turns."""
+    cache = engine.cache.open()
+    engine.cache.reserve(cache, CONTEXT + max(ROWS), 0)
+    table = np.asarray(engine.cache.pages(cache), np.int32)[None]
+
+    def step(first: int, count: int) -> float:
+        places = np.arange(first, first + count, dtype=np.int32)
+        start, length = np.array([0, count], np.int32), np.array([first + count], np.int32)
+        batch = StepBatch(places % engine.vocab_size, places, start, table, places[-16:] - first, length)
+        started = time.perf_counter()
+        engine.executor.step(batch)
+        return time.perf_counter() - started
+
+    step(0, CONTEXT)
+    found: dict[int, list[float]] = {rows: [] for rows in ROWS}
+    for _ in range(STEPS // 2):
+        for rows, seconds in found.items():
+            seconds.append(step(CONTEXT, rows))
+    engine.cache.close(cache)
+    return {rows: median(seconds) for rows, seconds in found.items()}
+
+
 def main(
     weights: Annotated[str, typer.Option(help="Formats of the base, separated by commas.")] = "exact,w4a16",
     tokens: Annotated[int, typer.Option(help="Tokens of a reply.", min=16)] = 192,
@@ -165,6 +191,9 @@ def main(
         bundle = export(folder, kind, ids)
         print_table(console, kind, measure(bundle, tokens, count, rounds, threads))
         console.print("The replies are the same tokens in all three ways.")
+        costs = step_seconds(open_engine(bundle, EngineOptions(context=512, threads=threads)))
+        relative = ", ".join(f"{rows}: {seconds / costs[1]:.2f}" for rows, seconds in costs.items())
+        console.print(f"a step of one token: {1e3 * costs[1]:.1f} ms; of so many tokens, relative to it: {relative}")
         full, pruned, least = (draft_seconds(export(folder, kind, rows), threads) for rows in (None, ids, ids[:64]))
         console.print(
             f"a draft's step: {1e3 * full:.2f} ms with the full head, {1e3 * pruned:.2f} with FR-Spec's {len(ids)} "
