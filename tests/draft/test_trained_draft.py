@@ -170,9 +170,9 @@ def test_the_replies_are_what_transformers_writes(replies: list[Text], target: P
     np.testing.assert_allclose(text.states.numpy(), states.numpy(), rtol=2e-3, atol=2e-2)
 
 
-# Floors just below what the committed weights reach (1.84 and 1.49 here); the aim for the tree is 2.3, see README.md.
+# Floors just below what the committed weights reach here (README.md has the figures of more replies).
 @pytest.mark.parametrize(
-    ("shape", "least"), [(Shape(4, 3, 8), 1.75), (Shape(1, 3, 4), 1.4)], ids=["tree of 8 nodes", "chain of 3"]
+    ("shape", "least"), [(Shape(4, 3, 8), 1.95), (Shape(1, 3, 4), 1.55)], ids=["tree of 8 nodes", "chain of 3"]
 )
 def test_held_out_replies_are_guessed_as_well_as_measured(
     shape: Shape, least: float, replies: list[Text], smollm2: Checkpoint, embedding: torch.Tensor
