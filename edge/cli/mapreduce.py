@@ -20,7 +20,7 @@ from edge.mapreduce.documents import Document
 from edge.mapreduce.run import Reader, Result, answer_question
 from edge.mapreduce.state import Replies, key_of
 from edge.mapreduce.structured import FINDING_OPENING, MOST_CONFIDENCE
-from edge.sampler import SamplingParams
+from edge.sampler import SamplingParams, sampling_params
 from edge.stream import TextStream
 from edge.text import Tokenizer
 
@@ -78,7 +78,7 @@ def mapreduce(
         bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload, speculative=speculative
     )
     chosen = {"repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens}
-    params = opt.sampling_params({}, temperature=temperature, top_p=top_p, **chosen)
+    params = sampling_params({}, temperature=temperature, top_p=top_p, **chosen)
     key = _key(engine, texts, question, params, chunk_tokens, thinking)
     path = state or Path(f"edge-mapreduce-{key[:12]}.state")
     opt.check_output(path)
