@@ -5,8 +5,8 @@
 
 Three kinds of text: answers to held-out questions of a chat, copying (a passage that the prompt has begun to repeat)
 and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a
-figure is the median of its rounds. Every reply must be the same tokens whichever way it was decoded. Then what a step
-of several tokens costs, and the draft's step with the full head and with FR-Spec's.
+figure is the median of its rounds. Replies must be the same tokens whichever way they were decoded; those that are not
+are counted. Then what a step of several tokens costs, and the draft's step with the full head and with FR-Spec's.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Task:
 
 @dataclass
 class Measured:
-    """One way of one kind of text: tok/s of each round, and what was verified."""
+    """One way of one kind of text: tok/s of each round, what was verified, and replies unlike those without it."""
 
     speeds: list[float] = field(default_factory=list)
+    unlike: int = 0
     speculated: Speculated = field(default_factory=Speculated)
 
 
@@ -129,8 +130,9 @@ def measure(bundle: Path, tokens: int, count: int, rounds: int, threads: int) ->
     for _ in range(rounds):
         for task in tasks:
             replies = {way: run(engines[way], task, found[task.name, way]) for way in WAYS}
-            if any(reply != replies["off"] for reply in replies.values()):
-                raise SystemExit(f"{task.name}: replies differ with and without speculation")
+            for way, found_replies in replies.items():
+                pairs = zip(found_replies, replies["off"], strict=True)
+                found[task.name, way].unlike += sum(reply != plain for reply, plain in pairs)
     return found
 
 
@@ -189,8 +191,7 @@ def main(
     ids = np.load(next(DRAFT.glob("freq_*.npy")))
     for kind in weights.split(","):
         bundle = export(folder, kind, ids)
-        print_table(console, kind, measure(bundle, tokens, count, rounds, threads))
-        console.print("The replies are the same tokens in all three ways.")
+        print_table(console, kind, measure(bundle, tokens, count, rounds, threads), count * rounds)
         costs = step_seconds(open_engine(bundle, EngineOptions(context=512, threads=threads)))
         relative = ", ".join(f"{rows}: {seconds / costs[1]:.2f}" for rows, seconds in costs.items())
         console.print(f"a step of one token: {1e3 * costs[1]:.1f} ms; of so many tokens, relative to it: {relative}")
@@ -201,10 +202,10 @@ def main(
         )
 
 
-def print_table(console: Console, kind: str, found: dict[tuple[str, str], Measured]) -> None:
+def print_table(console: Console, kind: str, found: dict[tuple[str, str], Measured], replies: int) -> None:
     """A row for each kind of text and way."""
     table = Table(title=f"weights: {kind}", title_justify="left")
-    for column in ("text", "speculation", "tok/s", "ratio", "tokens a verified step", "accepted"):
+    for column in ("text", "speculation", "tok/s", "ratio", "tokens a verified step", "accepted", "unlike"):
         table.add_column(column, justify="left" if column in ("text", "speculation") else "right")
     for (task, way), measured in found.items():
         speed, done = median(measured.speeds), measured.speculated
@@ -216,6 +217,7 @@ def print_table(console: Console, kind: str, found: dict[tuple[str, str], Measur
             f"{ratio:.2f}x",
             f"{done.mean_accept_length:.2f}" if done.steps else "",
             f"{done.accepted / done.proposed:.0%}" if done.proposed else "",
+            f"{measured.unlike} of {replies}",
         )
     console.print(table)
 

@@ -267,7 +267,15 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
         offload = None
         if options.offload is not None and plan.resident_pages is not None:
             offload = Offload(options.offload, plan.resident_pages)
-        host = OnnxRuntimeExecutor(bundle, plan.num_pages, options.threads, plan.sparse, reserved, offload)
+        host = OnnxRuntimeExecutor(
+            bundle,
+            plan.num_pages,
+            options.threads,
+            plan.sparse,
+            reserved,
+            offload,
+            takes_turns=options.speculative == "eagle",
+        )
         speculation = make_speculation(bundle, options, plan)
         return Engine(bundle, host, plan, options.chunk, prefix_cache=options.prefix_cache, speculation=speculation)
     from edge.executors.tensorrt_open import open_tensorrt

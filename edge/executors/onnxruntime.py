@@ -33,7 +33,7 @@ class OnnxRuntimeExecutor:
     Each pool is bound as input and output at once, so the attention operator updates it and nothing is copied.
     `sparse`: the settings of sparse attention for every step, if the model has it. `reserved`: what the session may
     allocate, to the byte; None leaves that to ONNX Runtime. `offload`: the pools of keys and values have room for some
-    of the pages, and a file for all.
+    of the pages, and a file for all. `takes_turns`: with a draft's session, see GraphSession.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class OnnxRuntimeExecutor:
         sparse: SparseConfig | None = None,
         reserved: Reserved | None = None,
         offload: Offload | None = None,
+        *,
+        takes_turns: bool = False,
     ) -> None:
         if bundle.manifest.target != "onnxruntime":
             raise UsageError(
@@ -69,7 +71,7 @@ class OnnxRuntimeExecutor:
             "the KV pool cannot be had ({error}); ask for a smaller --context or --memory",
             f"the weights of {bundle.path} do not fit in their part of the plan",
         ):
-            self._graph = GraphSession(bundle.file(GRAPH), threads, reserved)
+            self._graph = GraphSession(bundle.file(GRAPH), threads, reserved, takes_turns=takes_turns)
             self._pools = self._bind_pools(bundle)
             if offload is not None:
                 self._open_stores(bundle, offload)
