@@ -7,17 +7,21 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--disable-lcd-text"),
 ]
 _KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}
 _SHIFT = 8
@@ -105,10 +109,12 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """With the mouse, in the middle of an element that is visible."""
-        box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}}); "
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2, r.width] })()"
-        )
+        box = self.run(f"""(() => {{
+          const element = document.querySelector({json.dumps(selector)});
+          element.scrollIntoView({{block: "nearest"}});
+          const box = element.getBoundingClientRect();
+          return [box.x + box.width / 2, box.y + box.height / 2, box.width];
+        }})()""")
         assert box[2] > 0, f"{selector} is not there to be clicked"
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
@@ -124,9 +130,20 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
 
-    def screenshot(self) -> bytes:
-        """What is to be seen, as PNG."""
-        return base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
+    def screenshot(self) -> np.ndarray:
+        """What is to be seen: pixels [height, width, RGB]."""
+        png = self._call("Page.captureScreenshot", format="png")["data"]
+        width, height, data = self.run(f"""(async () => {{
+          const bytes = Uint8Array.from(atob("{png}"), (c) => c.charCodeAt(0));
+          const image = await createImageBitmap(new Blob([bytes], {{type: "image/png"}}));
+          const context = new OffscreenCanvas(image.width, image.height).getContext("2d");
+          context.drawImage(image, 0, 0);
+          const pixels = context.getImageData(0, 0, image.width, image.height).data;
+          let text = "";
+          for (let i = 0; i < pixels.length; i += 30000) text += String.fromCharCode(...pixels.subarray(i, i + 30000));
+          return [image.width, image.height, btoa(text)];
+        }})()""")
+        return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)[:, :, :3]
 
     def accessibility(self) -> list[tuple[str, str]]:
         """(role, name) of everything that assistive technology is told of."""
@@ -135,21 +152,38 @@ class Browser:
         return [(n.get("role", {}).get("value", ""), n.get("name", {}).get("value", "")) for n in shown]
 
 
+def write_png(pixels: np.ndarray, path: Path) -> None:
+    """Pixels [height, width, RGB] in their 256 most frequent colours: of a page, text's edges lose a little."""
+    height, width, _ = pixels.shape
+    packed = pixels.astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    colours, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    chosen = np.argsort(-counts)[:256]
+    split = (colours[:, None] >> (16, 8, 0)) & 255
+    nearest = np.square(split[:, None] - split[chosen]).sum(axis=2).argmin(axis=1).astype(np.uint8)
+    rows = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter: none
+    rows[:, 1:] = nearest[inverse].reshape(height, width)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        header, palette = (
+            struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
+            split[chosen].astype(np.uint8).tobytes(),
+        )
+        for kind, data in zip(
+            (b"IHDR", b"PLTE", b"IDAT", b"IEND"), (header, palette, zlib.compress(rows, 9), b""), strict=True
+        ):
+            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+
+
 @contextmanager
 def browsing(profile: Path) -> Iterator[Browser]:
     """A browser of its own, for as long as the context lasts."""
-    to_browser, sending = os.pipe()
-    receiving, from_browser = os.pipe()
     # Chromium reads its commands from descriptor 3 and answers on 4.
-    shell = ["sh", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', str(CHROMIUM)]
+    shell = ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null', str(CHROMIUM)]
     command = [*shell, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
-    process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
-    os.close(to_browser)
-    os.close(from_browser)
-    try:
-        yield Browser(sending, receiving)
-    finally:
-        process.terminate()
-        process.wait(20)
-        os.close(sending)
-        os.close(receiving)
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, bufsize=0, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            yield Browser(process.stdin.fileno(), process.stdout.fileno())
+        finally:
+            process.terminate()

@@ -1,7 +1,8 @@
 // Charts of what /stats says, as SVG: small lines of the last two minutes, and the memory ledger as bars.
 
-const SECONDS = 120; // of history
-const HEIGHT = 132, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 34;
+const SPANS = [30, 60, 120]; // seconds of history that a chart may show: the first that holds what there is
+const SECONDS = SPANS.at(-1);
+const HEIGHT = 120, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 34;
 const byId = (id) => document.getElementById(id);
 
 // One after the other on the page. series: [name, its value in a sample]; stacked: areas on top of each other.
@@ -15,12 +16,12 @@ const CHARTS = [
     series: [["used", (s) => s.pages.used], ["cached", (s) => s.pages.cached], ["free", (s) => s.pages.free]],
   },
   {
-    name: "Requests",
+    name: "Load",
     unit: "requests",
     whole: true,
     series: [["running", (s) => s.requests.running], ["waiting", (s) => s.requests.waiting]],
   },
-  { name: "Speculation", unit: "tokens a verified step", optional: true, series: [["accept length", (s) => s.length]] },
+  { name: "Speculation", unit: "tokens/step", optional: true, series: [["accept length", (s) => s.length]] },
 ];
 
 const samples = []; // of /stats, each with its arrival (ms) and rates; the latest last
@@ -78,25 +79,23 @@ function valuesOf(chart) {
   return rows.map((row, i) => row.map((_, at) => rows.slice(0, i + 1).reduce((sum, one) => sum + one[at], 0)));
 }
 
-/** A line's path; null values interrupt it. */
+/** A line's path; null values interrupt it, and one alone becomes a dot. */
 function path(xs, ys) {
-  let text = "";
-  ys.forEach((y, i) => {
-    if (y === null) return;
-    text += `${i && ys[i - 1] !== null ? "L" : "M"}${xs[i].toFixed(1)},${y.toFixed(1)}`;
-  });
-  return text;
+  const at = (i) => `${xs[i].toFixed(1)},${ys[i].toFixed(1)}`;
+  return ys.map((y, i) => (y === null ? "" : i && ys[i - 1] !== null ? `L${at(i)}` : `M${at(i)}h0`)).join("");
 }
 
-function axes(chart, width, most, step) {
+function axes(width, most, step, span) {
   const group = svg("g"), base = HEIGHT - BOTTOM, scale = (base - TOP) / most;
-  for (let value = 0; value <= most * 1.001; value += step) {
+  const ticks = [most]; // round ones below it, as far as they are not too near
+  for (let value = 0; value < most - 0.6 * step; value += step) ticks.push(value);
+  for (const value of ticks) {
     const y = base - value * scale;
     group.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }));
     group.append(svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, number(value)));
   }
-  for (const seconds of [SECONDS, 90, 60, 30, 0]) {
-    const x = width - RIGHT - (seconds / SECONDS) * (width - LEFT - RIGHT);
+  for (const share of [1, 2 / 3, 1 / 3, 0]) {
+    const seconds = share * span, x = width - RIGHT - share * (width - LEFT - RIGHT);
     const label = seconds ? `−${seconds}` : "now";
     group.append(svg("text", { x, y: base + 15, "text-anchor": seconds ? "middle" : "end" }, label));
   }
@@ -114,31 +113,33 @@ function describe(chart) {
     const [low, high] = [Math.min(...all), Math.max(...all)].map(number);
     return `${name}: ${number(value(samples.at(-1)))} now, between ${low} and ${high}.`;
   });
-  return `In ${chart.unit}, the last ${SECONDS} seconds. ${parts.join(" ")}`;
+  return `In ${chart.unit}, the last ${SECONDS} seconds at most. ${parts.join(" ")}`;
 }
 
 function drawLines(chart, place) {
   const width = place.figure.clientWidth, now = samples.at(-1);
   const rows = valuesOf(chart), highest = Math.max(...rows.flat().filter((x) => x !== null), chart.whole ? 2 : 0.01);
   const step = niceStep(highest, 3, chart.whole), most = chart.stacked ? highest : Math.ceil(highest / step) * step;
-  const xs = samples.map((s) => width - RIGHT - ((now.arrival - s.arrival) / 1000 / SECONDS) * (width - LEFT - RIGHT));
+  const age = (sample) => (now.arrival - sample.arrival) / 1000;
+  const span = SPANS.find((seconds) => seconds >= age(samples[0])) ?? SECONDS;
+  const xs = samples.map((sample) => width - RIGHT - (age(sample) / span) * (width - LEFT - RIGHT));
   const base = HEIGHT - BOTTOM, toY = (value) => (value === null ? null : base - (value / most) * (base - TOP));
   const parts = rows.map((row, i) => {
     const ys = row.map(toY);
     if (!chart.stacked) return svg("path", { class: `line s${i}`, d: path(xs, ys) });
     const below = i ? rows[i - 1].map(toY) : row.map(() => base);
-    const back = path([...xs].reverse(), [...below].reverse()).replace("M", "L");
+    const back = path([...xs].reverse(), [...below].reverse()).replace("M", "L").replace("h0", "");
     return svg("path", { class: `area s${i}`, d: `${path(xs, ys)}${back}Z` });
   });
   const title = svg("title", {}, `${chart.name}, ${chart.unit}`), text = svg("desc", {}, describe(chart));
   place.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   place.svg.setAttribute("height", HEIGHT);
-  place.svg.replaceChildren(title, text, axes(chart, width, most, step), ...parts);
+  place.svg.replaceChildren(title, text, axes(width, most, step, span), ...parts);
   chart.series.forEach(([, value], i) => (place.outputs[i].textContent = number(value(now))));
 }
 
 function drawLedger(place) {
-  const { memory } = samples.at(-1), width = place.figure.clientWidth, row = 34, first = 4;
+  const { memory } = samples.at(-1), width = place.figure.clientWidth, row = 30, first = 4;
   const lines = memory.lines.filter((line) => line.where === "memory" && line.planned);
   const most = Math.max(1, ...lines.flatMap((line) => [line.planned, line.measured ?? 0]));
   const unit = most < 2 ** 30 ? 2 ** 20 : 2 ** 30, name = unit === 2 ** 20 ? "MiB" : "GiB";
@@ -165,7 +166,7 @@ function drawLedger(place) {
 }
 
 function bar(kind, y, width) {
-  return svg("rect", { class: kind, x: 2, y: y + 18, width: Math.max(width, 1), height: kind === "planned" ? 11 : 5 });
+  return svg("rect", { class: kind, x: 2, y: y + 16, width: Math.max(width, 1), height: kind === "planned" ? 11 : 5 });
 }
 
 function memoryText(isWhole = true) {
@@ -196,6 +197,7 @@ function makeFigure(name, unit, series) {
 function makePlaces() {
   const places = CHARTS.map((chart) => makeFigure(chart.name, chart.unit, chart.series.map(([name]) => name)));
   const memory = makeFigure("Memory", "", ["total"]);
+  memory.figure.classList.add("wide");
   const marks = ["measured", "planned"].map((kind) =>
     html("span", { className: "value" }, html("span", { className: `mark ${kind}`, ariaHidden: "true" }), ` ${kind}`),
   );

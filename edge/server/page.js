@@ -78,7 +78,8 @@ function show(turn) {
   const copy = element("button", { type: "button", textContent: "Copy", onclick: () => copyText(turn.content) });
   copy.setAttribute("aria-label", isUser ? "Copy this message" : "Copy this reply");
   const head = element("div", { className: "bar" }, element("h3", { textContent: isUser ? "You" : "Model" }), copy);
-  const article = element("article", { className: turn.role }, head, details, said, note);
+  const parts = isUser ? [said] : [details, said, note];
+  const article = element("article", { className: turn.role }, head, ...parts);
   log.append(article);
   const add = (node, more, name) => {
     const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
