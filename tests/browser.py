@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import struct
 import subprocess
@@ -57,6 +58,7 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._receiving], [], [], 60)[0], "the browser does not answer"
             more = os.read(self._receiving, 1 << 20)
             assert more, "the browser is gone"
             self._rest += more
