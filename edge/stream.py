@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from edge.chat_format.reply import MARKERS
 from edge.errors import EdgeError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class TokenDecoder:
     """What each token adds to the text, by the `decoder` of tokenizer.json.
 
     Two families: byte-level BPE, whose tokens are bytes; and SentencePiece, whose tokens are text, or like
-    `<0xE4>` a byte of a character outside the vocabulary. Special tokens and unknown ids add nothing.
+    `<0xE4>` a byte of a character outside the vocabulary. Special tokens and unknown ids add nothing, but for the
+    markers of edge/chat_format, which mean something to whoever reads the text.
     """
 
     model: tokenizers.Tokenizer
@@ -59,7 +61,8 @@ class TokenDecoder:
     @staticmethod
     def of(model: tokenizers.Tokenizer) -> TokenDecoder:
         """Read the decoder of a loaded tokenizer.json; EdgeError if it is of neither family."""
-        special_ids = frozenset(i for i, token in model.get_added_tokens_decoder().items() if token.special)
+        added = model.get_added_tokens_decoder().items()
+        special_ids = frozenset(i for i, token in added if token.special and token.content not in MARKERS)
         steps = _decoder_steps(model)
         if steps and steps[0]["type"] == "ByteLevel" and all(step == _FUSE for step in steps[1:]):
             return TokenDecoder(model, special_ids, byte_level=True)

@@ -112,6 +112,10 @@ class Tokenizer:
             return [bos, *ids]
         return ids
 
+    def token_starts(self, text: str) -> list[int]:
+        """The character of `text` at which each of its tokens begins."""
+        return [start for start, _ in self.model.encode(text, add_special_tokens=False).offsets]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD.
 
@@ -178,6 +182,10 @@ class Tokenizer:
             messages, tools=tools, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
         )
         return self.encode(text, add_bos=self.settings.add_bos)
+
+    def may_think(self, enable_thinking: bool | None) -> bool:
+        """Whether the template has a thinking mode that is not switched off."""
+        return enable_thinking is not False and "enable_thinking" in _variables(self._chat_template())
 
     def _chat_template(self) -> str:
         if self.settings.chat_template is not None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -43,16 +42,18 @@ def serving(
     options: EngineOptions | None = None,
     limits: BatchLimits | None = None,
     settings: ServerSettings | None = None,
-    **uvicorn_options: Any,
+    send_buffer: int | None = None,
 ) -> Iterator[Served]:
-    """Served for as long as the context lasts."""
+    """Served for as long as the context lasts. send_buffer: bytes that the system takes for who does not read."""
     engine = open_engine(
         bundle, options or EngineOptions(context=4096, chunk=256, threads=2, sequences=4, logits_rows=64)
     )
     service = Service(engine, load_tokenizer(engine), limits or BatchLimits(sequences=4), settings or ServerSettings())
     listening = socket.socket()
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(make_app(service), log_config=None, access_log=False, **uvicorn_options)
+    config = uvicorn.Config(make_app(service), log_config=None, access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -16,7 +16,10 @@ from edge.chat_format.messages import template_messages
 from edge.chat_format.reply import Content, ReplyParser, opened_reasoning, parse_reply, to_message
 from edge.chat_format.tools import ToolCall, parse_tools
 from edge.errors import UsageError
+from edge.stream import TokenDecoder
+from edge.text import TextSettings, Tokenizer
 from tests.chat_samples import NOW, TOOLS, WEATHER, calls, json_values, merged, noise, readable, texts
+from tests.test_text import byte_level_model
 
 BLOCK = "<|tool_call_start|>\n```python\n{}\n```\n<|tool_call_end|>\n"
 FORMAT = {
@@ -179,6 +182,15 @@ def test_no_part_of_a_marker_is_ever_shown() -> None:
         for event in parser.push(character):
             shown += "" if isinstance(event, ToolCall) else event.text
     assert shown + "".join(event.text for event in parser.finish()) == "whySure.Done."
+
+
+def test_markers_that_a_tokenizer_has_as_special_tokens_are_seen() -> None:
+    model = byte_level_model()
+    model.add_special_tokens(["<think>", "</think>"])
+    tokenizer = Tokenizer(model, TextSettings(False, None, None, None), TokenDecoder.of(model))
+    ids = tokenizer.encode("<think>hm</think>yes<|im_end|>", add_bos=False)
+    assert model.token_to_id("<think>") in ids and tokenizer.decode(ids) == "<think>hm</think>yes"
+    assert readable(parse_reply(tokenizer.decode(ids))) == [("reasoning", "hm"), ("content", "yes")]
 
 
 def test_pieces_come_as_early_as_they_are_certain() -> None:

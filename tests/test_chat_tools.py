@@ -36,7 +36,9 @@ class FixedSession:
         self.tokenizer, self.replies, self.prompts = tokenizer_of("byte_level", PLAIN), iter(replies), list[str]()
         self.speculated = None
 
-    def generate(self, ids: Sequence[int], params: SamplingParams, progress: Any) -> Generator[TokenEvent, None, None]:
+    def generate(
+        self, ids: Sequence[int], params: SamplingParams, progress: Any = None
+    ) -> Generator[TokenEvent, None, None]:
         self.prompts.append(self.tokenizer.model.decode(list(ids), skip_special_tokens=False))
         for token in self.tokenizer.encode(next(self.replies), add_bos=False):
             yield TokenEvent(token, None)

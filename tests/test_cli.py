@@ -171,7 +171,7 @@ def test_debug_shows_where(tmp_path: Path) -> None:
     assert b"Traceback" in edge("run", tmp_path, "--prompt", "x", "--debug").stderr
 
 
-@pytest.mark.parametrize("command", ["", "export", "build", "run", "chat", "logits", "bench", "eval"])
+@pytest.mark.parametrize("command", ["", "export", "build", "run", "chat", "mapreduce", "logits", "bench", "eval"])
 @pytest.mark.parametrize("columns", ["80", "40"])
 def test_help_fits_the_terminal(command: str, columns: str) -> None:
     result = edge(*command.split(), "--help", COLUMNS=columns, NO_COLOR="1", TERM="dumb")

@@ -7,6 +7,7 @@ import json
 import math
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,34 @@ def test_who_hangs_up_gives_everything_back(served: Served, client: openai.OpenA
         pass
     connection.close()
     served.wait_until_idle(seconds=1.0)
+
+
+def test_who_does_not_read_holds_up_nobody(tiny_bundle: Path) -> None:
+    """Its replies pause, and it takes no more than their unread tokens and the buffers; then it goes on."""
+    limits = BatchLimits(sequences=2, unread=32)
+    with serving(tiny_bundle, limits=limits, send_buffer=8192) as served:
+        body = json.dumps(slow_reply(served, 1500, n=2, stream=True, logprobs=5, temperature=1)).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        worker = served.service.worker
+        slow = worker._batcher.running
+        end = time.monotonic() + 20
+        while not (len(slow) == 2 and all(ticket.outbox.full for ticket in slow)):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        tickets = list(slow)
+        status, answer, _ = raw(served, "/v1/completions", json.dumps(slow_reply(served, 100)).encode())
+        assert status == 200 and answer["usage"]["completion_tokens"] == 100
+        assert all(ticket.finish_reason is None and ticket.statistics.tokens < 1000 for ticket in tickets)
+        received = b""
+        while piece := connection.recv(1 << 20):
+            received += piece
+        assert received.count(b'"finish_reason":"length"') == 2 and b"data: [DONE]" in received
+        assert [ticket.statistics.tokens for ticket in tickets] == [1500, 1500]
+        served.wait_until_idle()
 
 
 def test_too_many_are_told_when_to_come_again(tiny_bundle: Path) -> None:

@@ -28,8 +28,12 @@ from edge.sampler import SamplingParams
 from edge.scheduler import Sequence as ScheduledSequence
 from edge.serving.batcher import Batcher, BatchLimits
 from edge.serving.request import Request, Ticket
+from edge.speculation.speculator import Limits, Speculation
+from edge.speculation.tree import TokenTree
 from plugins import PAGE_TOKENS
+from tests.ledger_run import Always
 from tests.synthetic import tiny_config, write_hf_checkpoint
+from tests.test_speculation import Eager, Prophet
 
 VOCAB = 320
 CONTEXT = 256
@@ -131,7 +135,6 @@ class Serving(RuleBasedStateMachine):
         limits = BatchLimits(sequences=3, unread=6)
         self.batcher = Batcher(self.engine, limits, clock=lambda: self.now)
         self.readers: list[Reader] = []
-        self.started: dict[str, list[int]] = {}
 
     @rule(
         length=st.integers(1, 200),
@@ -194,6 +197,10 @@ class Serving(RuleBasedStateMachine):
         for reader in self.readers:
             reader.read()
             reader.check()
+        for client in "abc":  # each client's requests start in their order
+            own = [r.ticket.statistics.admitted for r in self.readers if r.ticket.request.client == client]
+            started = [time for time in own if time is not None]
+            assert started == sorted(started)
         assert self.engine.cache.free_pages == self.engine.cache.num_pages
         assert not self.engine.cache._sequences
 
@@ -277,6 +284,21 @@ def test_who_does_not_read_pauses_and_makes_room(bundle: Bundle) -> None:
     assert engine.cache.free_pages == 8
 
 
+def test_who_does_not_read_gives_its_pages_to_who_waits_for_them(bundle: Bundle) -> None:
+    engine = fake_engine(bundle, 4)
+    batcher = Batcher(engine, BatchLimits(unread=5))
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    slow = submit(batcher, Request(prompt_ids(150, 0), params))
+    for _ in range(20):
+        batcher.step()
+    assert slow.ticket.outbox.full and engine.cache.free_pages == 1
+    quick = submit(batcher, Request(prompt_ids(150, 1), params))
+    drive(batcher, [quick])
+    assert len(quick.tokens) == 20 and slow.ticket.statistics.preemptions == 1
+    drive(batcher, [slow])
+    assert len(slow.tokens) == 20
+
+
 def test_what_can_never_be_served_is_refused_with_a_sentence(bundle: Bundle) -> None:
     batcher = Batcher(fake_engine(bundle, 8), BatchLimits())
     with pytest.raises(EdgeError, match=r"200 tokens, which with the 57 of the reply are 257.*limited to 256"):
@@ -320,7 +342,34 @@ def sparse_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("speculative", ["off", "lookup"])
+class ProphetOfMany:
+    """Knows the replies to several prompts, and hides a part of each in random trees (tests/test_speculation.py)."""
+
+    def __init__(self, known: Sequence[Sequence[int]]) -> None:
+        self._known = known
+        self._prophet: Prophet | None = None
+
+    def follow(self, first: int, hidden: np.ndarray) -> None:
+        raise AssertionError("there is no draft model")
+
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
+        if self._prophet is None:
+            whole = next(whole for whole in self._known if whole[: len(tokens)] == list(tokens))
+            self._prophet = Prophet(whole, 1, VOCAB)
+        return self._prophet.propose(tokens, pages, length, limits)
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Knows it anyway."""
+
+
+def speculate_in_batches(engine: Engine, known: Sequence[Sequence[int]]) -> None:
+    if engine.speculation is None:
+        engine.speculation = Speculation("prophet", lambda: ProphetOfMany(known), Eager())
+    else:
+        engine.speculation = replace(engine.speculation, pace=Always())
+
+
+@pytest.mark.parametrize("speculative", ["off", "lookup", "prophet"])
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_batch_gives_the_replies_of_single_runs(
     kind: str, speculative: str, tiny_bundle: Path, sparse_bundle: Path
@@ -328,30 +377,30 @@ def test_a_batch_gives_the_replies_of_single_runs(
     """Greedy and seeded ones, with little room, so that some are interrupted, also where attention turns sparse."""
     path = tiny_bundle if kind == "dense" else sparse_bundle
     single = open_engine(path, EngineOptions(context=320, chunk=64, threads=2, prefix_cache=False))
-    options = EngineOptions(context=320, chunk=64, threads=2, sequences=4, speculative=speculative, logits_rows=32)
+    asked = "lookup" if speculative == "lookup" else "off"
+    options = EngineOptions(context=320, chunk=64, threads=2, sequences=4, speculative=asked, logits_rows=32)
     engine = open_engine(path, options)
-    if engine.speculation is not None:
-        from tests.ledger_run import Always
-
-        engine.speculation = replace(engine.speculation, pace=Always())
     engine.cache._free = engine.cache._free[-9:]  # as if memory held no more
-    batcher = Batcher(engine, BatchLimits(sequences=4))
     rng = np.random.default_rng(7)
-    requests = []
+    requests, known = [], []
     for i, (length, limit) in enumerate([(120, 170), (110, 170), (125, 150), (40, 30), (3, 90), (185, 70)]):
         params = SamplingParams(max_tokens=limit, ignore_eos=True)
         if i % 3 == 1:
             params = replace(params, temperature=0.8, top_k=20, seed=i)
         ids = rng.integers(10, 60, length).tolist()
         requests.append(Request(tuple(ids), params))
+        known.append([*ids, *(event.token_id for event in single.generate(ids, params))])
+    if speculative != "off":
+        speculate_in_batches(engine, known)
+    batcher = Batcher(engine, BatchLimits(sequences=4))
     readers = [submit(batcher, request) for request in requests]
     drive(batcher, readers)
-    for request, reader in zip(requests, readers, strict=True):
-        wanted = [event.token_id for event in single.generate(request.prompt_ids, request.params)]
-        assert reader.tokens == wanted
+    for request, reader, whole in zip(requests, readers, known, strict=True):
+        assert reader.tokens == whole[len(request.prompt_ids) :]
     assert sum(r.ticket.statistics.preemptions for r in readers) > 0
-    if speculative == "lookup":
-        assert sum(r.ticket.statistics.speculated.accepted for r in readers) > 0  # type: ignore[union-attr]
+    if speculative != "off":
+        accepted = sum(r.ticket.statistics.speculated.accepted for r in readers)  # type: ignore[union-attr]
+        assert accepted > (200 if speculative == "prophet" else 0)
     assert len(engine.cache._free) + engine.cache.cached_pages == 9
 
 

@@ -56,6 +56,7 @@ def test_a_tool_has_its_schema(toolbox: Toolbox) -> None:
     assert add is not None and add.server == "sums" and add.tool.parameter_names == ("a", "b")
     odd = toolbox.find("odd_name/_")
     assert odd is not None and odd.name == "odd name/é"
+    assert toolbox.call(ToolCall.of("odd_name/__", {})) == "less odd"
 
 
 def test_two_servers_with_the_same_tools(tmp_path: Path) -> None:

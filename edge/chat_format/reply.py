@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge.chat_format.call_syntax import CALLS_START, CallBlock, MalformedCallError
+from edge.chat_format.call_syntax import CALLS_END, CALLS_START, CallBlock, MalformedCallError
 from edge.chat_format.tools import Tool, ToolCall
 
 # MiniCPM4.1 thinks between the first pair; models of the family that have tools explain themselves between the second.
 THINK_START, THINK_END = "<think>", "</think>"
 THOUGHT_START, THOUGHT_END = "<|thought_start|>", "<|thought_end|>"
+MARKERS = (THINK_START, THINK_END, THOUGHT_START, THOUGHT_END, CALLS_START, CALLS_END)
 _ENDS = {THINK_START: THINK_END, THOUGHT_START: THOUGHT_END}
 
 

@@ -20,6 +20,7 @@ from edge.cli.export import export
 from edge.cli.freq import freq
 from edge.cli.generate import run
 from edge.cli.logits import logits
+from edge.cli.mapreduce import mapreduce
 from edge.cli.plan import plan
 from edge.cli.quantize import quantize
 from edge.cli.selftest import selftest
@@ -42,6 +43,7 @@ app.command("export")(export)
 app.command("build")(build)
 app.command("run")(run)
 app.command("chat")(chat)
+app.command("mapreduce")(mapreduce)
 app.command("logits")(logits)
 app.command("serve")(serve)
 app.command("bench")(bench)

@@ -29,7 +29,7 @@ from edge.cli.generate import (
 )
 from edge.cli.tool_use import ToolUse, open_tools
 from edge.errors import EdgeError
-from edge.sampler import SamplingParams
+from edge.sampler import SamplingParams, sampling_params
 from edge.session import Session
 from edge.text import Tokenizer
 from edge.toolbox.config import read_config
@@ -148,7 +148,7 @@ def chat(
     engine = opt.load_engine(
         bundle, context, memory, threads, attention=attention, sparse=sparse, offload=offload, speculative=speculative
     )
-    tokenizer, params = load_tokenizer(engine), opt.sampling_params(engine.bundle.manifest.generation, **sampling)
+    tokenizer, params = load_tokenizer(engine), sampling_params(engine.bundle.manifest.generation, **sampling)
     session, messages = begin(engine, restore, system)
     with open_tools(servers, tokenizer, tool_rounds, tool_tokens, tool_seconds) as tools:
         note("Ctrl-D or /exit ends the chat, /reset forgets it, Ctrl-C stops a reply")

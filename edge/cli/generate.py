@@ -16,7 +16,7 @@ from edge.cli import options as opt
 from edge.cli.console import note, print_json, progress_bar, write
 from edge.engine import Engine, Session
 from edge.errors import UsageError
-from edge.sampler import SamplingParams
+from edge.sampler import SamplingParams, sampling_params
 from edge.speculation.statistics import Speculated
 from edge.stream import TextStream
 from edge.text import TextSettings, Tokenizer
@@ -96,7 +96,7 @@ def run(
     engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, speculative)
     tokenizer, defaults = load_tokenizer(engine), engine.bundle.manifest.generation
     chosen = {"repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens, "stop": stop}
-    params = opt.sampling_params(defaults, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, **chosen)
+    params = sampling_params(defaults, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, **chosen)
     session, messages = begin(engine, restore, system)
     messages.append(question(text))
     ids = encode_prompt(tokenizer, text, None if raw else messages, thinking)

@@ -15,7 +15,6 @@ from edge.engine import Engine, open_engine
 from edge.errors import UsageError
 from edge.machine import usable_cores
 from edge.plan import EngineOptions
-from edge.sampler import sampling_params as sampling_params
 
 BundlePath = Annotated[Path, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")]
 Context = Annotated[

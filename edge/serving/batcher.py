@@ -108,15 +108,16 @@ class Batcher:
         """Admit, compute one step, hand out what it brought -> False if nothing could be computed."""
         self._expire()
         self._admit_all()
+        before = len(self.running)
         active = self._with_pages([t for t in self.running if not t.outbox.full])
         if not active:
-            return False
+            return len(self.running) < before  # who gave way may be admitted again
         generations = [t.generation for t in active if t.generation is not None]
         started = self.clock()
         try:
             prompts = self.engine.step(generations, self._chunk(active))
         except NoPagesError:  # a step needed copies of shared pages, too
-            self._preempt(active[-1])
+            self._preempt(self._youngest(active))
             return True
         except EdgeError as error:
             for ticket in active:
@@ -145,14 +146,13 @@ class Batcher:
                 self._end(ticket, "timeout")
 
     def _admit_all(self) -> None:
+        """As many as there are places and pages for; who has paused gives up its own for them."""
         while (ticket := self.queue.head()) is not None and ticket.may_start:
-            if len(self.running) == self._most:
-                paused = [t for t in self.running if t.outbox.full]
-                if not paused:
-                    return
-                self._preempt(paused[-1])
-            elif not self._admit(ticket):
+            if len(self.running) < self._most and self._admit(ticket):
+                continue
+            if (paused := self._paused()) is None:
                 return
+            self._preempt(paused)
 
     def _admit(self, ticket: Ticket) -> bool:
         """Give it the pages of all its known tokens, and of one more, if there are so many."""
@@ -207,12 +207,19 @@ class Batcher:
         """Those that take part in a step, each with the pages for its next token."""
         for ticket in list(active):
             while ticket in active and not self._reserve(ticket):
-                paused = [t for t in self.running if t.outbox.full]
-                victim = paused[-1] if paused else active[-1]
+                victim = self._youngest(active)
                 self._preempt(victim)
                 if victim in active:
                     active.remove(victim)
         return active
+
+    def _paused(self) -> Ticket | None:
+        """The youngest whose reader does not read."""
+        return next((t for t in reversed(self.running) if t.outbox.full), None)
+
+    def _youngest(self, active: Sequence[Ticket]) -> Ticket:
+        """Who gives way: one that has paused, else the youngest of these."""
+        return self._paused() or active[-1]
 
     def _reserve(self, ticket: Ticket) -> bool:
         sequence, cache = ticket.sequence, self.engine.cache

@@ -138,12 +138,14 @@ async def _list_tools(client: Client) -> list[Any]:
 
 
 def _named(found: Sequence[tuple[str, Any]], clean: Callable[[str], str]) -> tuple[ServerTool, ...]:
-    """Every tool under a name of its own: the server's before it if another server has one of the same name."""
+    """Every tool under a name of its own that a call can have: the server's before it if others have the same."""
     names = [tool.name for _, tool in found]
     tools: list[ServerTool] = []
     for server, tool in found:
         name = tool.name if names.count(tool.name) == 1 else f"{server}.{tool.name}"
         name = re.sub(r"[^A-Za-z0-9_\-./]|^(?=[^A-Za-z_])", "_", name)
+        while any(name == earlier.tool.name for earlier in tools):
+            name += "_"
         schema = json.loads(clean(json.dumps(tool.input_schema, ensure_ascii=False)))
         parsed = parse_tools([{"name": name, "description": clean(tool.description or ""), "parameters": schema}])
         tools.append(ServerTool(parsed[0], server, tool.name))
