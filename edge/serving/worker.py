@@ -149,8 +149,10 @@ class Worker:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(self._batcher))
-                except Exception as problem:
+                except BaseException as problem:
                     future.set_exception(problem)
+                    if not isinstance(problem, Exception):
+                        raise
 
     def _wait(self) -> None:
         """Until someone has something, or a request has waited long enough."""
