@@ -6,7 +6,7 @@ import json
 import os
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -415,38 +415,41 @@ def test_a_key_is_asked_for_and_a_server_that_ends_is_noticed(bundle: Path, brow
         browser.problems.clear()
 
 
-def test_screenshots(browser: Browser, tmp_path: Path, bundle: Path, request: pytest.FixtureRequest) -> None:
-    """With EDGE_SCREENSHOTS=FOLDER of the real model, into that folder: those of the documentation."""
-    folder, wanted = os.environ.get("EDGE_SCREENSHOTS"), tmp_path
-    if folder:
-        from build_engine.export import ExportOptions, export_bundle
+QUESTIONS = ("Why is the sky blue? Answer in two sentences.", "And at sunset?")
 
-        wanted = Path(folder)
-        bundle = export_bundle(request.getfixturevalue("smollm2"), tmp_path / "SmolLM2-135M", ExportOptions())
-    questions = (
-        ["Why is the sky blue? Answer in two sentences.", "And at sunset?", "What is a fox?"] if folder else ["Hello"]
-    )
+
+def take_screenshots(browser: Browser, bundle: Path, folder: Path, questions: Sequence[str] = QUESTIONS) -> None:
+    """serve-light.png and serve-dark.png of a chat, in the folder."""
     with started(bundle, "--speculative", "lookup", "--memory", "1GiB", context=1024) as (_, port):
         url = f"http://127.0.0.1:{port}/"
         browser.resize(1280, 900)
         browser.open(url)
-        browser.run("sessionStorage.clear(); localStorage.clear()")
-        choose(browser, temperature=0, max_tokens=120)
+        choose(browser, temperature=0, max_tokens=80)
         browser.open(url)
         browser.wait_for("document.querySelector('#model').textContent")
         for number, question in enumerate(questions, 1):
             say(browser, question)
             browser.wait_for(f"document.querySelectorAll('article').length === {2 * number} && {DONE}", 120)
             time.sleep(2)
-        browser.wait_for(
-            "Number(document.querySelectorAll('#figures figure')[2].querySelectorAll('strong')[1].textContent)"
-        )
-        if folder:
-            time.sleep(6)  # for memory to be measured again
+        # Until memory has been measured after the last reply.
+        age = "(await (await fetch('stats')).json()).memory.age"
+        browser.wait_for(f"(async () => {age} > 4.5)()")
+        browser.wait_for(f"(async () => {age} < 2)()")
         for scheme in ("light", "dark"):
             browser.prefer(color_scheme=scheme)
-            file = wanted / f"serve-{scheme}.png"
-            pixels = browser.screenshot()
+            file, pixels = folder / f"serve-{scheme}.png", browser.screenshot()
             assert (pixels.mean() < 128) == (scheme == "dark") and pixels.std() > 5
             write_png(pixels, file)
             assert 10_000 < file.stat().st_size < 150_000
+
+
+def test_screenshots(browser: Browser, tmp_path: Path, bundle: Path, request: pytest.FixtureRequest) -> None:
+    """With EDGE_SCREENSHOTS=FOLDER those of the documentation, of a real model, are put into that folder."""
+    folder = os.environ.get("EDGE_SCREENSHOTS")
+    if folder is None:
+        take_screenshots(browser, bundle, tmp_path, ["Hello"])
+        return
+    from build_engine.export import ExportOptions, export_bundle
+
+    made = export_bundle(request.getfixturevalue("smollm2"), tmp_path / "SmolLM2-135M", ExportOptions())
+    take_screenshots(browser, made, Path(folder))
