@@ -422,7 +422,7 @@ def take_screenshots(browser: Browser, bundle: Path, folder: Path, questions: Se
     """serve-light.png and serve-dark.png of a chat, in the folder."""
     with started(bundle, "--speculative", "lookup", "--memory", "1GiB", context=1024) as (_, port):
         url = f"http://127.0.0.1:{port}/"
-        browser.resize(1280, 900)
+        browser.resize(1280, 920)
         browser.open(url)
         choose(browser, temperature=0, max_tokens=80)
         browser.open(url)

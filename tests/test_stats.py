@@ -136,7 +136,7 @@ def test_it_is_documented_and_behind_the_key(tiny_bundle: Path) -> None:
 
 def test_functions_run_between_steps(bundle: Bundle) -> None:
     worker = Worker(Batcher(fake_engine(bundle, 9), BatchLimits()))
-    (ticket,), arrived = submit(worker, Request(prompt_ids(40), PARAMS))
+    (ticket,), arrived = submit(worker, Request(prompt_ids(40, 0), PARAMS))
     names = [worker.between_steps(lambda _: threading.current_thread().name) for _ in range(5)]
     failing = worker.between_steps(lambda batcher: 1 // len(batcher.queue))
     assert [name.result(10) for name in names] == ["engine"] * 5
