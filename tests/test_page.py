@@ -185,15 +185,15 @@ def _aborted(url: str) -> float:
 
 
 def test_charts_show_what_stats_says(page: Browser, url: str) -> None:
-    choose(page, temperature=0, max_tokens=3000)
+    choose(page, temperature=0, max_tokens=4000)
     page.open(url)
     page.run(SPY)
     say(page, "Run")
-    rate = "Number(document.querySelector('#figures strong').textContent.replaceAll(',', ''))"
-    assert page.wait_for(f"{rate} > 0 && {rate}") > 1
     running = "document.querySelectorAll('#figures figure')[3]"
     page.wait_for(f"{running}.querySelector('strong').textContent === '1'")
     page.wait_for(f"{running}.querySelector('desc').textContent.includes('running: 1 now')")
+    rate = "Number(document.querySelector('#figures strong').textContent.replaceAll(',', ''))"
+    assert page.wait_for(f"{rate} > 0 && {rate}") > 1
     page.press("Escape")
     page.wait_for("document.querySelectorAll('#figures figure')[2].querySelector('strong').textContent === '0'")
     figures = page.run("""[...document.querySelectorAll("#figures figure:not([hidden])")].map((figure) => ({

@@ -138,9 +138,9 @@ def test_functions_run_between_steps(bundle: Bundle) -> None:
     worker = Worker(Batcher(fake_engine(bundle, 9), BatchLimits()))
     (ticket,), arrived = submit(worker, Request(prompt_ids(40, 0), PARAMS))
     names = [worker.between_steps(lambda _: threading.current_thread().name) for _ in range(5)]
-    failing = worker.between_steps(lambda batcher: 1 // len(batcher.queue))
+    failing = worker.between_steps(lambda batcher: [][len(batcher.queue)])
     assert [name.result(10) for name in names] == ["engine"] * 5
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(IndexError):
         failing.result(10)
     assert read_all(ticket, arrived).reason == "length" and worker.failure is None
     assert worker.between_steps(lambda batcher: batcher.totals.reply).result(10) == PARAMS.max_tokens

@@ -288,8 +288,8 @@ async function readModel() {
     const model = (await (await ask("v1/models")).json()).data[0];
     byId("model").textContent = `${model.id}, context of ${model.max_model_len.toLocaleString("en")} tokens`;
     document.title = `${model.id} · minicpm-edge`;
+    if (!byId("key-form").hidden) complain(""); // any other sentence is about something else
     byId("key-form").hidden = true;
-    complain("");
     return true;
   } catch (error) {
     complain(error.message, error.status);
