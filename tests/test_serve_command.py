@@ -20,14 +20,15 @@ from tests.command import EDGE, edge
 
 
 @contextmanager
-def started(bundle: Path, *options: object) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def started(bundle: Path, *options: object, context: int = 512) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process, and the port that its log names."""
-    command = [*EDGE, "serve", str(bundle), "--port", "0", "--context", "512", "--threads", "2", *map(str, options)]
+    values = map(str, ("--context", context, *options))
+    command = [*EDGE, "serve", str(bundle), "--port", "0", "--threads", "2", *values]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         line = json.loads(process.stderr.readline())
-        assert line["event"] == "serving" and line["context"] == 512, line
+        assert line["event"] == "serving" and line["context"] == context, line
         yield process, int(line["address"].rpartition(":")[2].partition("/")[0])
     finally:
         process.kill()

@@ -22,11 +22,13 @@ from edge.server import errors
 from edge.server.chat import chat_router
 from edge.server.completions import completions_router
 from edge.server.errors import ApiError, Json
+from edge.server.page import PAGE_PATHS, page_router
 from edge.server.protocol import TokenizeBody
 from edge.server.service import Service
+from edge.server.stats import STATS_PATH, stats_router
 
 log = logging.getLogger("edge.server")
-_OPEN = ("/health", "/ready")  # to whoever asks, without a key
+_OPEN = ("/health", "/ready", *PAGE_PATHS)  # to whoever asks, without a key
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -53,6 +55,8 @@ def make_app(service: Service) -> FastAPI:
     errors.install(app)
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
+    app.include_router(stats_router(service))
+    app.include_router(page_router())
     _add_others(app, service)
     app.add_middleware(_Gate, service=service)
     return app
@@ -156,7 +160,8 @@ class _Gate:
             milliseconds = round(1000 * (time.perf_counter() - started), 1)
             client = (scope.get("client") or ("",))[0]
             facts = {"method": scope["method"], "path": scope["path"], "status": status, "client": client}
-            log.info("request", extra={"facts": {**facts, "milliseconds": milliseconds}})
+            level = logging.DEBUG if scope["path"] == STATS_PATH and status < 400 else logging.INFO  # a page polls it
+            log.log(level, "request", extra={"facts": {**facts, "milliseconds": milliseconds}})
 
     def _refusal(self, path: str, headers: dict[str, bytes]) -> ApiError | None:
         key, most = self._service.settings.api_key, self._service.settings.body

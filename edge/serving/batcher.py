@@ -34,6 +34,15 @@ class BatchLimits:
     step_seconds: float = 0.25
 
 
+@dataclass
+class Totals:
+    """Tokens since the start: of prompts computed and found in the prefix cache, and of replies."""
+
+    prompt: int = 0
+    cached: int = 0
+    reply: int = 0
+
+
 class Batcher:
     """Requests of one engine, a step at a time. Not thread-safe: edge/serving/worker.py has the thread.
 
@@ -54,6 +63,7 @@ class Batcher:
         self.limits = limits
         self.queue = FairQueue()
         self.running: list[Ticket] = []  # in order of arrival
+        self.totals = Totals()
         self._observer = NoObserver() if observer is None else observer
         self._most = max(1, min(limits.sequences, engine.plan.run.sequences, engine.chunk // 2))
         self._number = 0
@@ -114,6 +124,7 @@ class Batcher:
                 self._end(ticket, "error", error)
             return True
         if prompts:
+            self.totals.prompt += prompts
             each = (self.clock() - started) / prompts
             self._prompt_seconds += (each - self._prompt_seconds) * (_SMOOTHING if self._prompt_seconds else 1)
         for ticket in active:
@@ -164,6 +175,7 @@ class Batcher:
                 self._end(ticket, "error", error)
             return False
         self._refused = None
+        self.totals.cached += sequence.computed
         self.queue.start(ticket)
         self.running.append(ticket)
         self.running.sort(key=lambda t: t.number)
@@ -268,6 +280,7 @@ class Batcher:
     def _observe(self, ticket: Ticket, count: int) -> None:
         statistics, now = ticket.statistics, self.clock()
         statistics.tokens += count
+        self.totals.reply += count
         last, statistics.last_token = statistics.last_token, now
         if last is None:
             statistics.first_token = now

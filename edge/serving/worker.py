@@ -6,11 +6,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from edge.errors import EdgeError
 from edge.serving.batcher import Batcher, QueueFullError
 from edge.serving.request import Request, Ticket
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -22,6 +25,7 @@ class Worker:
         self._changed = threading.Condition()
         self._arrived: deque[Ticket] = deque()
         self._cancelled: deque[Ticket] = deque()
+        self._asked: deque[tuple[Future[Any], Callable[[Batcher], Any]]] = deque()
         self._nudged = False
         self._accepting = self._going = True
         self.failure: BaseException | None = None
@@ -76,6 +80,20 @@ class Worker:
             self._nudged = True
             self._changed.notify_all()
 
+    def between_steps(self, function: Callable[[Batcher], T]) -> Future[T]:
+        """What a function makes of the batcher, on the engine's thread before its next step.
+
+        All replies wait meanwhile, so it must be short. EdgeError, here or of the future, if the thread has ended.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if not self._going:
+                raise EdgeError("the engine does not run any more; restart the server")
+            self._asked.append((future, function))
+            self._nudged = True
+            self._changed.notify_all()
+        return future
+
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait until all others have ended -> whether they have."""
         with self._changed:
@@ -102,6 +120,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._take_in():
+                self._answer()
                 if not self._batcher.step():
                     self._wait()
             error = EdgeError("the server was stopped before the reply was complete; send the request again")
@@ -123,6 +142,18 @@ class Worker:
                 self._changed.notify_all()
             return self._going
 
+    def _answer(self) -> None:
+        """Outside the lock: nobody who submits or cancels waits for it."""
+        while self._asked:
+            future, function = self._asked.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self._batcher))
+                except BaseException as problem:
+                    future.set_exception(problem)
+                    if not isinstance(problem, Exception):
+                        raise
+
     def _wait(self) -> None:
         """Until someone has something, or a request has waited long enough."""
         deadline = self._batcher.next_deadline
@@ -133,6 +164,10 @@ class Worker:
     def _end_all(self, error: EdgeError) -> None:
         with self._changed:
             self._going = False
+            while self._asked:
+                future, _ = self._asked.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
             while self._arrived:
                 self._batcher.add(self._arrived.popleft())
             for ticket in [*self._batcher.running, *self._batcher.queue]:
