@@ -104,7 +104,7 @@ def apply_repetition_penalty(logits: Logits, seen_ids: Ids, penalty: float) -> L
     logits = logits.copy()
     seen_ids = seen_ids[seen_ids < logits.size]
     seen, range_ = logits[seen_ids].astype(np.float64), np.finfo(logits.dtype)
-    factor = float(logits.dtype.type(min(max(penalty, range_.tiny), range_.max)))
+    factor = float(logits.dtype.type(min(max(penalty, float(range_.tiny)), float(range_.max))))
     changed = np.where(seen < 0, seen * factor, seen / factor).clip(range_.min, range_.max)
     logits[seen_ids] = np.where(np.isfinite(seen), changed, seen)
     return logits

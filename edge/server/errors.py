@@ -89,6 +89,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Json:
+        if "json" not in request.headers.get("content-type", ""):
+            return ApiError(400, "the body must be JSON and say so; send 'Content-Type: application/json'").response()
         return _malformed(error).response()
 
     @app.exception_handler(HTTPException)
