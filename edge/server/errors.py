@@ -95,6 +95,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Json:
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return ApiError(400, f"the body is not JSON ({error.__cause__})").response()
         message = f"{request.method} {request.url.path}: {error.detail}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
