@@ -98,6 +98,25 @@ def test_bodies_made_to_hurt_are_refused(served: Served, body: bytes, words: byt
     check_alive(served)
 
 
+@pytest.mark.parametrize("depth", [300, 900, 970])
+def test_values_of_any_depth_are_no_fault_of_the_server(served: Served, depth: int) -> None:
+    """JSON's reader takes about as many levels as Python; what is done with them may take more."""
+    deep = '{"a": ' * depth + "1" + "}" * depth
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": "DEEP"}}}}]
+    call = {"function": {"name": "f", "arguments": "DEEP"}}
+    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    for values in (
+        {**asked, "tools": tools},
+        {**asked, "tools": tools, "tool_choice": "required"},
+        {**asked, "response_format": {"type": "json_schema", "json_schema": {"schema": "DEEP"}}},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "max_tokens": 1},
+    ):
+        body = json.dumps(values).replace('"DEEP"', deep)
+        found = answer(served, post(body.encode(), POST.replace(b"completions", b"chat/completions")))
+        assert found.split(b" ")[1] in (b"200", b"400"), found[:500]
+    check_alive(served)
+
+
 def test_a_body_must_say_that_it_is_json(served: Served) -> None:
     """A page of another origin may send anything else without asking first."""
     for kind in (b"text/plain", b"application/x-www-form-urlencoded"):

@@ -100,6 +100,10 @@ def install(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
+    @app.exception_handler(RecursionError)
+    async def deep(request: Request, error: RecursionError) -> Json:
+        return ApiError(400, "a value of the body is nested too deeply; flatten it").response()
+
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> Json:
         return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more").response()
