@@ -6,7 +6,7 @@ DEMO   := demo
 # A file's tests share what they set up; files keep the order of tests/conftest.py.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint bench bench-context bench-serving clean
+.PHONY: demo test test-long test-clients lint bench bench-context bench-serving clean
 
 # A 135M-parameter model that a Python package ships, through the whole pipeline: export, answer, report.
 demo: $(VENV)/.base
@@ -20,6 +20,10 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS)
+
+# Other people's clients against `edge serve`; they are heavy, so they are in an environment of their own.
+test-clients: $(VENV)/.dev $(VENV)/clients/.done
+	$(BIN)/python -m tests.clients --python $(VENV)/clients/bin/python
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -61,6 +65,11 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --editable '.[bench,serve]'
+	touch $@
+
+$(VENV)/clients/.done: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install -qq --requirement $<
 	touch $@
 
 clean:

@@ -99,12 +99,14 @@ class SamplingParams:
 def apply_repetition_penalty(logits: Logits, seen_ids: Ids, penalty: float) -> Logits:
     """A copy of `logits` [vocab] in which every id of `seen_ids` is less likely (penalty > 1) or more (< 1).
 
-    `seen_ids` holds each id once; ids outside the vocabulary are ignored.
+    `seen_ids` holds each id once; ids outside the vocabulary are ignored. Finite logits stay finite.
     """
     logits = logits.copy()
     seen_ids = seen_ids[seen_ids < logits.size]
-    seen = logits[seen_ids]
-    logits[seen_ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    seen, range_ = logits[seen_ids].astype(np.float64), np.finfo(logits.dtype)
+    factor = float(logits.dtype.type(min(max(penalty, float(range_.tiny)), float(range_.max))))
+    changed = np.where(seen < 0, seen * factor, seen / factor).clip(range_.min, range_.max)
+    logits[seen_ids] = np.where(np.isfinite(seen), changed, seen)
     return logits
 
 

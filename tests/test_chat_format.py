@@ -238,6 +238,8 @@ WRONG_TOOLS = [
     ([{"name": "two words"}], "tools[0] needs a name"),
     ([{"name": "f", "description": 1}], "tools[0].description"),
     ([{"name": "f", "parameters": {"properties": []}}], "tools[0].parameters"),
+    ([{"name": "f", "parameters": {"required": 1}}], "tools[0].parameters"),
+    ([{"name": "f", "parameters": {"required": [{}]}}], "tools[0].parameters"),
     ([WEATHER, NOW, WEATHER], "two tools have the name 'get_weather'"),
 ]
 

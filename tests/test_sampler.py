@@ -119,6 +119,14 @@ def test_penalty_makes_a_negative_logit_smaller() -> None:
     assert penalised.tolist() == [-4.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e300])
+def test_no_penalty_makes_a_logit_infinite(penalty: float) -> None:
+    logits = np.array([-2.0, 2.0, 0.0, 1.0, -np.inf], np.float32)
+    penalised = apply_repetition_penalty(logits, np.array([0, 1, 2, 4]), penalty)
+    assert np.isfinite(penalised[:4]).all() and penalised[3] == 1 and penalised[4] == -np.inf
+    assert penalised[1] > 1e37 if penalty < 1 else penalised[1] < 1e-37
+
+
 @pytest.mark.parametrize(
     "params",
     [

@@ -248,7 +248,7 @@ BAD: list[tuple[str, bytes, int, str]] = [
     (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "stop": ""}', 400, "stop"),
     (CHAT, b'{"model": "gpt-7", "messages": [{"role": "user", "content": "a"}]}', 404, "gpt-7"),
     ("/v1/completions", b'{"prompt": [1, 2, 99999]}', 400, "99999"),
-    ("/v1/completions", b'{"prompt": []}', 400, "empty"),
+    ("/v1/completions", b'{"prompt": []}', 400, "at least 1 item"),
     ("/v1/completions", b'{"prompt": "a", "suffix": "b"}', 400, "suffix"),
     ("/v1/nothing", b"{}", 404, "Not Found"),
     ("/tokenize", b"{}", 400, "prompt or messages"),

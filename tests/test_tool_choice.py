@@ -120,6 +120,7 @@ def test_whatever_is_drawn_under_the_grammar_is_read_as_calls(seed: int, byte_to
 WRONG = [
     ("sometimes", TOOLS, "tool_choice is 'sometimes'"),
     ({"type": "function"}, TOOLS, "tool_choice is {'type'"),
+    ({"type": "function", "function": [None]}, TOOLS, "tool_choice is {'type'"),
     ({"type": "function", "function": {"name": "f"}}, TOOLS, "no tool: there are get_weather, clock.read-now"),
     ("required", (), "there are no tools"),
 ]

@@ -64,8 +64,9 @@ def chosen_tools(tools: Sequence[Tool], choice: ToolChoice) -> tuple[Tool, ...]:
         if not tools:
             raise UsageError("tool_choice is 'required' and there are no tools: send tools, or choose 'auto'")
         return tuple(tools)
-    name = choice.get("function", {}).get("name") if isinstance(choice, Mapping) else None
-    if not isinstance(choice, Mapping) or choice.get("type") != "function" or not isinstance(name, str):
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
         raise UsageError(
             f"tool_choice is {choice!r}: it must be 'none', 'auto', 'required' or "
             '{"type": "function", "function": {"name": ...}}'

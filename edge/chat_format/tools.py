@@ -69,9 +69,15 @@ def _parse_tool(where: str, value: object) -> Tool:
     description, parameters = function.get("description"), function.get("parameters")
     if not isinstance(description, str | None):
         raise UsageError(f"{where}.description is of type {type(description).__name__}: it must be a string")
-    if not isinstance(parameters, Mapping | None) or not isinstance((parameters or {}).get("properties", {}), Mapping):
+    if not isinstance(parameters, Mapping | None) or not _describes_object(parameters or {}):
         raise UsageError(f"{where}.parameters must be the JSON schema of an object")
     return Tool(function["name"], description or "", parameters or {})
+
+
+def _describes_object(schema: Mapping[str, Any]) -> bool:
+    required = schema.get("required", [])
+    names_only = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    return names_only and isinstance(schema.get("properties", {}), Mapping)
 
 
 def _is_name(value: object) -> bool:

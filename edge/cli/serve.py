@@ -65,7 +65,8 @@ def serve(
 
       edge serve bundle --speculative lookup --port 0
 
-      curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+      curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
+      -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     settings = _settings(model_name, api_key, timeout, drain, max_body, max_tokens, log_prompts)
     options = (context, memory, threads, chunk, attention, sparse, offload, speculative)

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from edge.errors import UsageError
 from edge.server import errors
@@ -24,6 +24,7 @@ from edge.server.completions import completions_router
 from edge.server.errors import ApiError, Json
 from edge.server.page import PAGE_PATHS, page_router
 from edge.server.protocol import TokenizeBody
+from edge.server.replies import METRICS, REFUSALS, Health, Ready, ServedModel, ServedModels, Tokens, streamed_schemas
 from edge.server.service import Service
 from edge.server.stats import STATS_PATH, stats_router
 
@@ -49,9 +50,9 @@ def make_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=errors.DOCUMENTED,
+        responses=REFUSALS,
     )
-    app.openapi = partial(_schema, app)  # type: ignore[method-assign]
+    app.openapi = partial(_schema, app, service.settings.api_key is not None)  # type: ignore[method-assign]
     errors.install(app)
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
@@ -62,13 +63,22 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _schema(app: FastAPI) -> dict[str, Any]:
+def _schema(app: FastAPI, has_key: bool) -> dict[str, Any]:
     """The OpenAPI document, without FastAPI's own answer to bodies that are wrong: they get 400 here."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        for operations in document["paths"].values():
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if path in _OPEN:
+                    operation["security"] = []
+        components = document["components"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(unused, None)
+        components["schemas"] |= streamed_schemas()
+        if has_key:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -76,35 +86,35 @@ def _schema(app: FastAPI) -> dict[str, Any]:
 def _add_others(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={200: {"model": ServedModels}})
     async def models() -> Json:
         return Json({"object": "list", "data": [_model(service, started)]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses={200: {"model": ServedModel}})
     async def model(name: str) -> Json:
         service.check_model(name)
         return Json(_model(service, started))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses={200: {"model": Tokens}})
     async def tokenize(body: TokenizeBody) -> Json:
         service.check_model(body.model)
         ids = await run_in_threadpool(_tokens, service, body)
         return Json({"tokens": ids, "count": len(ids), "max_model_len": service.engine.max_context})
 
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": Health}})
     async def health() -> Json:
         if (failure := service.worker.failure) is not None:
             raise ApiError(503, f"the engine has failed ({type(failure).__name__}); restart the server")
         return Json({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", responses={200: {"model": Ready}})
     async def ready() -> Json:
         if service.draining or not service.worker.accepting:
             raise ApiError(503, "the server takes no new requests", headers={"Retry-After": "5"})
         worker = service.worker
         return Json({"status": "ok", "model": service.model, "running": worker.running, "waiting": worker.waiting})
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=Response, responses=METRICS)
     async def metrics() -> Response:
         page = service.metrics.page(service.engine, service.worker.running, service.worker.waiting)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")

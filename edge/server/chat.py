@@ -17,6 +17,7 @@ from edge.generation import TokenEvent
 from edge.server.chat_prompt import Deltas, Prompt, message_of, prompt_of
 from edge.server.errors import ApiError, Json, ignored_fields
 from edge.server.protocol import ChatBody
+from edge.server.replies import ChatChunk, ChatCompletion, generated
 from edge.server.service import Replies, Service, check_output, failure_of
 from edge.server.sse import EventStream, event
 from edge.server.tokens import chat_logprobs, usage
@@ -27,7 +28,7 @@ def chat_router(service: Service) -> APIRouter:
     """The endpoint, for one service."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None, responses=generated(ChatCompletion, ChatChunk))
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         service.check_model(body.model)
         prompt = await run_in_threadpool(prompt_of, service.tokenizer, body)

@@ -13,9 +13,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from edge.sampler import MOST_LOGPROBS
 from edge.server.errors import ApiError, Json, ignored_fields
 from edge.server.protocol import CompletionBody
+from edge.server.replies import Completion, CompletionChunk, generated
 from edge.server.service import Replies, Service, check_output, failure_of
 from edge.server.sse import EventStream, event
 from edge.server.tokens import CompletionLogprobs, joined, usage
@@ -34,7 +34,7 @@ def completions_router(service: Service) -> APIRouter:
     """The endpoint, for one service."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None, responses=generated(Completion, CompletionChunk))
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         service.check_model(body.model)
         _check(body)
@@ -60,8 +60,6 @@ def _check(body: CompletionBody) -> None:
         raise ApiError(400, "suffix is not supported: the model continues text at its end only", param="suffix")
     if body.best_of is not None and body.best_of != body.choices:
         raise ApiError(400, "best_of is not supported; ask for n replies and choose", param="best_of")
-    if body.logprobs is not None and not 0 <= body.logprobs <= MOST_LOGPROBS:
-        raise ApiError(400, f"logprobs must be from 0 to {MOST_LOGPROBS}", param="logprobs")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(
             400, "max_tokens is 0, which leaves nothing to answer; raise it, or set echo", param="max_tokens"
@@ -85,7 +83,8 @@ def _prompt(service: Service, given: str | list[int], *, echo: bool) -> _Prompt:
 def _requests(
     service: Service, body: CompletionBody, prompts: Sequence[_Prompt], http: HttpRequest
 ) -> list[list[Request]]:
-    max_tokens = _DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    default = min(_DEFAULT_TOKENS, service.settings.max_tokens or _DEFAULT_TOKENS)
+    max_tokens = default if body.max_tokens is None else max(1, body.max_tokens)
     lists_prompt = bool(body.echo) and body.logprobs is not None
     params = service.params(body, max_tokens, logprobs=body.logprobs, prompt_logprobs=lists_prompt)
     client = f"{http.client.host if http.client else ''}/{body.user or ''}"

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -41,34 +40,6 @@ def ignored_fields(body: Body) -> dict[str, str]:
 def dumps(value: Any) -> str:
     """JSON in one line."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-class ErrorValues(BaseModel):
-    """What went wrong. param: the field it is about."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """Of every refusal."""
-
-    error: ErrorValues
-
-
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "Not what is expected here"},
-    401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
-    404: {"model": ErrorBody, "description": "No such model or path"},
-    405: {"model": ErrorBody, "description": "No such method"},
-    408: {"model": ErrorBody, "description": "It took too long"},
-    413: {"model": ErrorBody, "description": "The body is too large"},
-    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again"},
-    500: {"model": ErrorBody, "description": "A fault of the server"},
-    503: {"model": ErrorBody, "description": "The server takes no requests now"},
-}
 
 
 class ApiError(Exception):
@@ -118,12 +89,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Json:
+        if "json" not in request.headers.get("content-type", ""):
+            return ApiError(400, "the body must be JSON and say so; send 'Content-Type: application/json'").response()
         return _malformed(error).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Json:
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return ApiError(400, f"the body is not JSON ({error.__cause__})").response()
         message = f"{request.method} {request.url.path}: {error.detail}"
         return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(RecursionError)
+    async def deep(request: Request, error: RecursionError) -> Json:
+        return ApiError(400, "a value of the body is nested too deeply; flatten it").response()
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> Json:
@@ -132,9 +111,12 @@ def install(app: FastAPI) -> None:
 
 def _malformed(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', first['msg'])})")
-    where = ".".join(place)
-    message = f"{where}: {first['msg']}" if where else f"the body is not what is expected here: {first['msg']}"
+    # A field that may be several things has an error for each of them.
+    alike = [other for other in error.errors() if other["loc"][:2] == first["loc"][:2]]
+    places = zip(*(other["loc"] for other in alike), strict=False)
+    where = ".".join(str(parts[0]) for parts in places if len(set(parts)) == 1 and parts[0] != "body")
+    what = ", or: ".join(dict.fromkeys(other["msg"] for other in alike))
+    message = f"{where}: {what}" if where else f"the body is not what is expected here: {what}"
     return ApiError(400, message, param=where or None)

@@ -88,6 +88,8 @@ class Service:
             raise ApiError(400, f"max_tokens is {max_tokens} and this server allows {limit}", param="max_tokens")
         stop = [body.stop] if isinstance(body.stop, str) else body.stop
         chosen = {name: getattr(body, name) for name in _SAMPLING}
+        if body.logit_bias is not None:
+            chosen["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
         of_model = {name: value for name, value in self.engine.bundle.manifest.generation.items() if value is not None}
         defaults = {"temperature": 1.0, **of_model}
         return sampling_params(defaults, **chosen, max_tokens=max_tokens, stop=stop or None, **further)
