@@ -52,7 +52,7 @@ def test_schemathesis_finds_nothing(served: Served, tmp_path: Path) -> None:
     variables = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.document_hooks", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Tested: 8" in done.stdout, done.stdout
+    assert "Tested: 9" in done.stdout, done.stdout
     page = ask(served, "/metrics").decode()
     replies = re.findall(r'^edge_requests_total\{finish_reason="(?:stop|length)"\} (.*)$', page, re.M)
     assert sum(map(float, replies)) > 50 and 'edge_requests_total{finish_reason="error"}' not in page
