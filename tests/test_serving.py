@@ -342,6 +342,16 @@ def sparse_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rounded weights, and activations rounded in the kernels, which a batch must not change."""
+    folder = tmp_path_factory.mktemp("serving")
+    write_hf_checkpoint(folder / "checkpoint", tiny_config(tie_word_embeddings=False), tokenizer=True)
+    return export_bundle(
+        open_checkpoint(folder / "checkpoint"), folder / "bundle", ExportOptions(weights=WeightFormat(), kv="float32")
+    )
+
+
 class ProphetOfMany:
     """Knows the replies to several prompts, and hides a part of each in random trees (tests/test_speculation.py)."""
 
@@ -370,12 +380,12 @@ def speculate_in_batches(engine: Engine, known: Sequence[Sequence[int]]) -> None
 
 
 @pytest.mark.parametrize("speculative", ["off", "lookup", "prophet"])
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "int4"])
 def test_a_batch_gives_the_replies_of_single_runs(
-    kind: str, speculative: str, tiny_bundle: Path, sparse_bundle: Path
+    kind: str, speculative: str, tiny_bundle: Path, sparse_bundle: Path, int4_bundle: Path
 ) -> None:
     """Greedy and seeded ones, with little room, so that some are interrupted, also where attention turns sparse."""
-    path = tiny_bundle if kind == "dense" else sparse_bundle
+    path = {"dense": tiny_bundle, "sparse": sparse_bundle, "int4": int4_bundle}[kind]
     single = open_engine(path, EngineOptions(context=320, chunk=64, threads=2, prefix_cache=False))
     asked = "lookup" if speculative == "lookup" else "off"
     options = EngineOptions(context=320, chunk=64, threads=2, sequences=4, speculative=asked, logits_rows=32)
