@@ -21,7 +21,7 @@ from edge.session import TokenEvent
 from edge.toolbox.servers import open_toolbox
 from tests.command import EDGE, edge
 from tests.scripted_model import ASKED, TOLD, write_scripted_bundle
-from tests.test_chat import CTRL_C, CTRL_D, own_terminal, read_until
+from tests.test_chat import CTRL_C, CTRL_D, own_terminal, press_until, read_until
 from tests.test_text import tokenizer_of
 from tests.test_tool_prompt import PLAIN
 from tests.test_toolbox import ROOT, SERVER, sample_server
@@ -138,8 +138,7 @@ def test_ctrl_c_stops_a_question_and_a_call(slow_call: tuple[int, subprocess.Pop
     keys, process, mark = slow_call
     os.write(keys, b"go\n")
     read_until(keys, r"lways\): $")
-    os.write(keys, CTRL_C)
-    read_until(keys, r"stopped\s+> $")
+    press_until(keys, CTRL_C, r"stopped\s+> $")
     assert not mark.exists()
     os.write(keys, b"go\n")
     read_until(keys, r"lways\): $")
@@ -147,8 +146,7 @@ def test_ctrl_c_stops_a_question_and_a_call(slow_call: tuple[int, subprocess.Pop
     deadline = time.monotonic() + 30
     while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.write(keys, CTRL_C)
-    read_until(keys, r"stopped\s+> $")
+    press_until(keys, CTRL_C, r"stopped\s+> $")
     os.write(keys, CTRL_D)
     assert process.wait(30) == 0
     with pytest.raises(ProcessLookupError):

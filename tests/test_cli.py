@@ -266,7 +266,7 @@ class Finder(importlib.abc.MetaPathFinder):
             stop()
 sys.meta_path.insert(0, Finder())
 """,
-    "loading": "import edge.executors.onnxruntime as o; o.OnnxRuntimeExecutor.__init__ = lambda *a: stop()",
+    "loading": "import edge.executors.onnxruntime as o; o.OnnxRuntimeExecutor.__init__ = lambda *a, **b: stop()",
     "prefilling": "import edge.executors.onnxruntime as o; o.OnnxRuntimeExecutor.step = lambda *a: stop()",
     "decoding": """
 import itertools

@@ -7,7 +7,8 @@ has 2^-11 of each, bf16 2^-8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -191,10 +192,15 @@ def problems_with_trees(**base: object) -> list[tuple[Problem, int]]:
     return [*by_tile, (tree, 2), (both, 1), (level, 2), (narrow, 1), (wide, 2)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kv", ["same", "int8"])
-@pytest.mark.parametrize("element", ELEMENTS)
-@pytest.mark.parametrize("route", ROUTES)
+def every_kind() -> Iterator[object]:
+    """All routes, elements, caches and sizes. Of the slow ones, which look at accesses, one size of one element is daily."""
+    for route, element, kv, head_dim in itertools.product(ROUTES, ELEMENTS, ("same", "int8"), (64, 128)):
+        is_slow = route in ("asan", "race") and (element, head_dim) != ("half", 64)
+        marks = [pytest.mark.long] if is_slow else []
+        yield pytest.param(route, element, kv, head_dim, marks=marks, id=f"{route}-{element}-{kv}-{head_dim}")
+
+
+@pytest.mark.parametrize(("route", "element", "kv", "head_dim"), every_kind())
 def test_attention(route: str, element: str, kv: str, head_dim: int) -> None:
     problems = problems_of(element, kv, head_dim)
     for seed in SEEDS[route]:
