@@ -193,7 +193,7 @@ def problems_with_trees(**base: object) -> list[tuple[Problem, int]]:
 
 
 def every_kind() -> Iterator[object]:
-    """All routes, elements, caches and sizes. Of the slow ones, which look at accesses, one size of one element is daily."""
+    """Routes, elements, caches, sizes. Of the slow routes, which look at accesses, one size of one element is daily."""
     for route, element, kv, head_dim in itertools.product(ROUTES, ELEMENTS, ("same", "int8"), (64, 128)):
         is_slow = route in ("asan", "race") and (element, head_dim) != ("half", 64)
         marks = [pytest.mark.long] if is_slow else []

@@ -184,16 +184,24 @@ def _aborted(url: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if 'finish_reason="abort"' in line)
 
 
+WITNESS = """
+window.saw = {running: false, described: false, rate: 0};
+new MutationObserver(() => {
+  const load = document.querySelectorAll("#figures figure")[3];
+  saw.running ||= load?.querySelector("strong").textContent === "1";
+  saw.described ||= !!load?.querySelector("desc")?.textContent.includes("running: 1 now");
+  saw.rate = Math.max(saw.rate, Number(document.querySelector("#figures strong").textContent.replaceAll(",", "")) || 0);
+}).observe(document.querySelector("#figures"), {subtree: true, childList: true, characterData: true});
+"""
+
+
 def test_charts_show_what_stats_says(page: Browser, url: str) -> None:
     choose(page, temperature=0, max_tokens=4000)
     page.open(url)
     page.run(SPY)
+    page.run(WITNESS)  # a fast machine is done before anybody looks
     say(page, "Run")
-    running = "document.querySelectorAll('#figures figure')[3]"
-    page.wait_for(f"{running}.querySelector('strong').textContent === '1'")
-    page.wait_for(f"{running}.querySelector('desc').textContent.includes('running: 1 now')")
-    rate = "Number(document.querySelector('#figures strong').textContent.replaceAll(',', ''))"
-    assert page.wait_for(f"{rate} > 0 && {rate}") > 1
+    page.wait_for("saw.running && saw.described && saw.rate > 1")
     page.press("Escape")
     page.wait_for("document.querySelectorAll('#figures figure')[2].querySelector('strong').textContent === '0'")
     figures = page.run("""[...document.querySelectorAll("#figures figure:not([hidden])")].map((figure) => ({

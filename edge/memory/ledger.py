@@ -10,7 +10,15 @@ from edge.kv_cache import COMPRESSED_POOLS, pool_layout
 from edge.memory.attention import attention_bytes
 from edge.memory.run import Run
 from edge.memory.step import draft_step_bytes, step_bytes
-from edge.memory.weights import StoredWeights, WeightBytes, cpu_matrix_bytes, cpu_weight_bytes, draft_matrices
+from edge.memory.weights import (
+    Matrix,
+    StoredWeights,
+    WeightBytes,
+    cpu_matrix_bytes,
+    cpu_weight_bytes,
+    draft_matrices,
+    matrices,
+)
 from edge.speculation.eagle import CHUNK as DRAFT_TOKENS
 from plugins import PAGE_TOKENS
 
@@ -119,6 +127,13 @@ def _draft_lines(draft: DraftSubject) -> list[Line]:
     ]
 
 
+def _own_matrices(subject: Subject, draft: DraftSubject) -> list[Matrix]:
+    """Those of a draft's matrices that lie in the file beside the model's: a whole head stored alike is the model's."""
+    *layer, head = draft_matrices(draft.layer, draft.weights)
+    *_, of_model = matrices(subject.config, subject.weights)
+    return layer if head.has_codes and head == of_model else [*layer, head]
+
+
 def _draft_attention_bytes(subject: Subject, draft: DraftSubject, run: Run) -> int:
     """Its session has threads of its own, which keep tiles; the calling thread has one for each type of cache."""
     run = replace(run, chunk=min(run.chunk, DRAFT_TOKENS), resident=None)
@@ -135,7 +150,7 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
     attention = attention_bytes(config, subject.kv, run)
     draft = subject.draft
     if draft is not None:
-        its_weights = cpu_matrix_bytes(draft_matrices(draft.layer, draft.weights))
+        its_weights = cpu_matrix_bytes(_own_matrices(subject, draft))
         weights = WeightBytes(
             weights.packed, weights.mapped + its_weights.mapped, max(weights.loading, its_weights.loading)
         )
