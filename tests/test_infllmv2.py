@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  teaches numpy the name bfloat16
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
@@ -272,9 +272,16 @@ def sparse_steps(draw: st.DrawFn, most_new: int, max_sequences: int = 3) -> Spar
     )
 
 
+# As many tokens as sequences, and yet no step of decoding.
+IDLE_BESIDE_TWO_TOKENS = Sparse(
+    past=(127, 0), new=(2, 0), group=1, kv_heads=1, dim=16, pool="float32", init=0, local=0, selected=2
+)
+
+
 @pytest.mark.parametrize("how", KERNELS)
 @settings(max_examples=40, deadline=None)
 @given(case=sparse_steps(most_new=200))
+@example(IDLE_BESIDE_TWO_TOKENS)
 def test_kernels(how: str, case: Sparse) -> None:
     feeds = sparse_feeds(case)
     result = run_in_place(how, case, feeds)

@@ -42,7 +42,7 @@ void infllmv2_attention(const AttentionStep& s, const Cache<T>& cache, W* fine, 
   std::vector<BlockChoice<InMask>> choices;
   choices.reserve(tiles.size());
   EarlyLocks early(s);
-  const bool is_decode = s.tokens() == s.sequences;
+  const bool is_decode = s.is_decode();
   // With pages on disk a head's are read while the next head chooses.
   const size_t together = is_decode && s.store != nullptr ? 1 : tiles.size();
   for (size_t first = 0; first < tiles.size(); first += together) {

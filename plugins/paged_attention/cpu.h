@@ -39,6 +39,12 @@ struct AttentionStep {
   PageStore* store = nullptr;  // where the pages are, if the pool has not room for all (stored.h)
 
   int64_t tokens() const { return query_start[sequences]; }
+  // Whether each sequence has one token. As many tokens as sequences are not enough: one may have none.
+  bool is_decode() const {
+    for (int64_t i = 0; i <= sequences; ++i)
+      if (query_start[i] != i) return false;
+    return true;
+  }
   int64_t group() const { return heads / kv_heads; }
   int64_t row_stride() const { return (heads + 2 * kv_heads) * dim; }
   int64_t tile_tokens() const { return std::max<int64_t>(1, kTileRows / group()); }

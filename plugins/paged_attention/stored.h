@@ -173,7 +173,7 @@ std::vector<Partial> attend_stored(const AttentionStep& s, const Cache<T>& cache
   PageFile& file = s.store->file();
   // The disk sets the pace of tokens that each go their own way through many waves, and waking others costs more than
   // one core needs.
-  const bool is_decode = s.tokens() == s.sequences;
+  const bool is_decode = s.is_decode();
   const Parallel spread = is_decode && !fits ? Parallel::serial() : parallel;
   if (!fits) s.store->set_idle(all_units(waves));
   size_t wave = 0, locked = is_early ? 1 : 0;
