@@ -13,13 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from build_engine.checkpoint import Checkpoint, LazyTensor
 from build_engine.formats import HEAD_BITS, Target, WeightFormat
 from build_engine.graph import edge_node
-from build_engine.quantize import GROUP_SIZES, quantize_affine, quantize_symmetric
+from build_engine.quantize import GROUP_SIZES, pack_nibbles, quantize_affine, quantize_symmetric
 from build_engine.weight_rows import (
     coded_rows,
     convert,
     float_rows,
     half_scales,
-    pack_bits,
     projections,
     row_chunks,
     stacked_shape,
@@ -34,9 +33,8 @@ from plugins.launch import divide_up
 from plugins.linear.meaning import ZEROS
 from plugins.linear.pack import TILE_ROWS, pack_codes, pack_scales, vector_inputs
 
-ROW_BLOCK = block_pack.BLOCKS[
-    -1
-]  # inputs of a CPU's block for a scale a row: the fewest scales to store and to multiply by
+# Inputs of a CPU's block for a scale a row: the fewest scales to store and to multiply by.
+ROW_BLOCK = block_pack.BLOCKS[-1]
 EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[int, int, str], None]
 
@@ -275,17 +273,17 @@ class _Lowering:
     ) -> onnx.NodeProto:
         """A matrix `of` (N, K). Scales and offsets are there once `codes`, chunks [rows, K], were all taken."""
         n, k = of
-        tiles, blocks = divide_up(n, TILE_ROWS), divide_up(k, block)
+        tiles, blocks = divide_up(n, block_pack.TILE_ROWS), divide_up(k, block)
         packed = (block_pack.pack_codes(rows, bits, block) for rows in whole_tiles(codes))
-        vectors = block // block_pack.vector_inputs(bits)
+        stored = [tiles, blocks, block // block_pack.vector_inputs(bits), block_pack.TILE_ROWS, 4]
+        by_tile = [tiles, blocks, block_pack.TILE_ROWS]
         inputs = [
             node.input[0],
-            self._store(f"{node.name}.int{bits}", TensorProto.UINT8, [tiles, blocks, vectors, TILE_ROWS, 4], packed),
-            self._store(f"{node.name}.scales", TensorProto.FLOAT, [tiles, blocks, TILE_ROWS], _by_tile(scales)),
+            self._store(f"{node.name}.int{bits}", TensorProto.UINT8, stored, packed),
+            self._store(f"{node.name}.scales", TensorProto.FLOAT, by_tile, _by_tile(scales)),
         ]
         if offsets is not None:
-            shape = [tiles, blocks, TILE_ROWS]
-            inputs.append(self._store(f"{node.name}.offsets", TensorProto.FLOAT16, shape, _by_tile(offsets)))
+            inputs.append(self._store(f"{node.name}.offsets", TensorProto.FLOAT16, by_tile, _by_tile(offsets)))
         op_type = "BlockLinear" if offsets is None else "BlockLinearOffsets"
         return edge_node(op_type, node.name, inputs, list(node.output), bits=bits, block=block, n=n, k=k)
 
@@ -329,7 +327,7 @@ class _Lowering:
         def packed() -> Iterator[np.ndarray]:
             for codes, part in coded_rows(sources, 4, group or k, block):
                 scales.append(half_scales(f"{node.name}.scales", part))
-                yield pack_bits(codes ^ 8, 4)  # code - 8 in two's complement is the code with its top bit flipped
+                yield pack_nibbles(codes ^ 8)  # code - 8 in two's complement is the code with its top bit flipped
 
         int4 = self._store(f"{node.name}.int4", TensorProto.INT4, [n, k], packed())
         scale = self._store(f"{node.name}.scales", TensorProto.FLOAT16, [n, k // block], scales)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from build_engine.checkpoint import Checkpoint, Codes, LazyTensor, require_finite
-from build_engine.quantize import pack_nibbles, quantize_symmetric
+from build_engine.quantize import quantize_symmetric
 from edge.errors import EdgeError
 from plugins.linear.meaning import ZEROS
 from plugins.linear.pack import TILE_ROWS
@@ -105,13 +105,6 @@ def _stored_rows(source: LazyTensor, stored: Codes) -> Iterator[Coded]:
 def _spread(scales: np.ndarray, group: int, block: int, k: int) -> np.ndarray:
     """[rows, K / group] -> [rows, ceil(K / block)]: every block with its group's scale."""
     return np.repeat(scales, -(-k // block) if scales.shape[1] == 1 else group // block, axis=1)
-
-
-def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
-    """8 / bits codes a byte along the last axis, the first in the lowest bits; 2, 4 or 8 bits."""
-    if bits == 8:
-        return codes
-    return pack_nibbles(codes if bits == 4 else codes[..., ::2] | (codes[..., 1::2] << 2))
 
 
 def whole_tiles(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

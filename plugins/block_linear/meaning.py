@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from plugins.linear import meaning as linear
 from plugins.linear.meaning import ZEROS
 
 
@@ -12,7 +13,8 @@ def weights(
 ) -> np.ndarray:
     """codes [N, K] uint8; scales, offsets [N, ceil(K / block)] -> [N, K] float64, exactly."""
     k = codes.shape[1]
-    values = (codes.astype(np.float64) - ZEROS[bits]) * np.repeat(scales.astype(np.float64), block, axis=1)[:, :k]
+    whole = np.pad(codes, ((0, 0), (0, -k % block)), constant_values=ZEROS[bits])
+    values = linear.weights(whole, scales, bits)[:, :k]
     return values if offsets is None else values + np.repeat(offsets.astype(np.float64), block, axis=1)[:, :k]
 
 
