@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -26,6 +25,7 @@ from edge.executor import Executor
 from edge.kv_cache import KVCache, NoPagesError, pages_for
 from edge.reuse import Mode, Runs
 from edge.scheduler import Sequence as ScheduledSequence
+from edge.whole_file import whole_file
 
 MAGIC = b"EDGE session 1\n\0"
 _LENGTH = struct.Struct("<Q")
@@ -185,21 +185,12 @@ def write_session(path: Path, header: SessionHeader, tokens: Sequence[int], page
     text = json.dumps(asdict(header), ensure_ascii=False).encode()
     start = MAGIC + _LENGTH.pack(len(text)) + text + np.asarray(tokens, "<i4").tobytes()
     try:
-        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-                for part in chain([memoryview(start)], (data.data for data in pages)):
-                    digest.update(part)
-                    file.write(part)
-                file.write(digest.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        with whole_file(path) as file:
+            digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+            for part in chain([memoryview(start)], (data.data for data in pages)):
+                digest.update(part)
+                file.write(part)
+            file.write(digest.digest())
     except OSError as error:
         raise EdgeError(f"the session cannot be saved as {path} ({error.strerror}); choose another place") from None
 

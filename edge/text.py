@@ -24,6 +24,8 @@ from edge.chat_format.tools import Tool
 from edge.errors import EdgeError, UsageError
 from edge.stream import Detokenizer, TokenDecoder
 
+MOST_CHARACTERS = 16  # of a token, on average over any text: more than there are
+
 # MiniCPM4's own template (spec: infllmv2.md 7), for a checkpoint that ships none.
 MINICPM4_TEMPLATE = (
     "{% for message in messages %}"
@@ -112,6 +114,10 @@ class Tokenizer:
             return [bos, *ids]
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a whole prompt, after the BOS token if the settings add one."""
+        return self.encode(text, add_bos=self.settings.add_bos)
+
     def token_starts(self, text: str) -> list[int]:
         """The character of `text` at which each of its tokens begins."""
         return [start for start, _ in self.model.encode(text, add_special_tokens=False).offsets]
@@ -181,7 +187,7 @@ class Tokenizer:
         text = self.render_chat(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
         )
-        return self.encode(text, add_bos=self.settings.add_bos)
+        return self.encode_prompt(text)
 
     def may_think(self, enable_thinking: bool | None) -> bool:
         """Whether the template has a thinking mode that is not switched off."""

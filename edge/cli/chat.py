@@ -57,7 +57,7 @@ class Speaker:
     def speak(self, messages: list[Message]) -> Message | None:
         """Stream the model's next message; cut short by Ctrl-C it makes no calls. None, and why, if there was none."""
         prompt = self.tokenizer.render_chat(messages, tools=self.tools, enable_thinking=self.thinking)
-        ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.settings.add_bos)
+        ids = self.tokenizer.encode_prompt(prompt)
         reply, parser = Reply(len(ids)), ReplyParser(self.tools, prompt=prompt)
         events: list[Event] = []
         stopped = False

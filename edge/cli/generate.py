@@ -111,7 +111,7 @@ def encode_prompt(
 ) -> list[int]:
     """The messages through the chat template, or the text as it is if there are none."""
     if messages is None:
-        return tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
+        return tokenizer.encode_prompt(text)
     return tokenizer.encode_chat(messages, enable_thinking=thinking)
 
 

@@ -140,7 +140,7 @@ class EngineReader:
     def prompt_tokens(self, message: str) -> int:
         """Tokens of the message's prompt, with the longest opening."""
         prompt = self.prompt(message) + FINDING_OPENING
-        return len(self.tokenizer.encode(prompt, add_bos=self.tokenizer.settings.add_bos))
+        return len(self.tokenizer.encode_prompt(prompt))
 
     def ask(self, message: str, opening: str) -> str:
         """The reply to a message, without the reasoning that may come first, which takes the place of an opening."""
@@ -159,7 +159,7 @@ class EngineReader:
         return self.tokenizer.render_chat([{"role": "user", "content": content}], enable_thinking=self.thinking)
 
     def _generate(self, prompt: str) -> str:
-        ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.settings.add_bos)
+        ids = self.tokenizer.encode_prompt(prompt)
         stream, text = TextStream(self.tokenizer, after_prompt=True), ""
         with contextlib.closing(self.engine.generate(ids, self.params)) as events:
             for event in events:

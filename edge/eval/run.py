@@ -50,7 +50,7 @@ def prompt_encoder(tokenizer: Tokenizer, *, chat: bool) -> Encode:
             text = tokenizer.render_chat([{"role": "user", "content": message}], enable_thinking=False) + reply_start
         else:
             text = f"{message} {reply_start}" if reply_start else message
-        return tokenizer.encode(text, add_bos=tokenizer.settings.add_bos)
+        return tokenizer.encode_prompt(text)
 
     return encode
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from edge.text import MOST_CHARACTERS
+
 TokenStarts = Callable[[str], Sequence[int]]  # a text -> the character at which each of its tokens begins
 Fits = Callable[[str], bool]
 # Where a text may be cut, best first: after a paragraph, a sentence, a line, a word.
 _BOUNDARIES = (r"\n\s*\n\s*", r"[.!?]['\")\]]*\s+|[。！？；]['\"”’）]*\s*", r"\n", r"\s+")
-
-_CHARACTERS_A_TOKEN = 16  # more than in any text, on average
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _cuts(text: str, most_tokens: int, token_starts: TokenStarts) -> Iterator[tu
     """
     begin = 0
     while begin < len(text):
-        window = text[begin : begin + most_tokens * _CHARACTERS_A_TOKEN]
+        window = text[begin : begin + most_tokens * MOST_CHARACTERS]
         starts = token_starts(window)
         if len(starts) > most_tokens:
             length = _boundary(window, max(starts[most_tokens], 1))

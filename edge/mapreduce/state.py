@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from edge.errors import EdgeError, UsageError
+from edge.whole_file import whole_file
 
 _FORMAT = 1
 
@@ -46,18 +44,8 @@ class Replies:
         """Add a reply; the file is replaced as a whole, or not at all."""
         self._replies[_name(prompt)] = reply
         body = {"format": _FORMAT, "key": self._key, "replies": self._replies}
-        text = json.dumps({**body, "checksum": key_of(body)}, ensure_ascii=False)
-        descriptor, name = tempfile.mkstemp(prefix=f"{self.path.name}.", suffix=".part", dir=self.path.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        with whole_file(self.path) as file:
+            file.write(json.dumps({**body, "checksum": key_of(body)}, ensure_ascii=False).encode())
 
     def remove(self) -> None:
         """Delete the file, when there is nothing left to go on with."""

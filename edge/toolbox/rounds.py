@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge.chat_format.tools import ToolCall
-from edge.text import Tokenizer
+from edge.text import MOST_CHARACTERS, Tokenizer
 
 Message = dict[str, Any]
 Speak = Callable[[list[Message]], Message | None]  # the conversation so far -> the model's message, None if it has none
 Execute = Callable[[ToolCall], str]
-_CHARACTERS_A_TOKEN = 16  # more than any token of a tokenizer has on average
 
 INTERRUPTED = "Error: the user stopped this call."
 ROUNDS_USED_UP = "Error: not called, because the limit of rounds is reached."
@@ -54,7 +53,7 @@ def _result(call: Mapping[str, Any], text: str) -> Message:
 
 def shortened(text: str, tokenizer: Tokenizer, most_tokens: int) -> str:
     """A result as the model may read it: no special tokens in it, and no more than `most_tokens` of others."""
-    head = text[: most_tokens * _CHARACTERS_A_TOKEN]
+    head = text[: most_tokens * MOST_CHARACTERS]
     clean = tokenizer.without_special_tokens(head)
     ids = tokenizer.encode(clean, add_bos=False)
     if len(ids) <= most_tokens and len(head) == len(text):
