@@ -64,9 +64,10 @@ class Chooser:
         self._edits = LogitEdits(params)
 
     @property
-    def needs_logits(self) -> bool:
-        """Must the host see each token's logits, so that a device cannot draw several tokens by itself?"""
-        return self._edits.any or self._constraint is not None or self._params.logprobs is not None
+    def leaves_it_to_the_device(self) -> bool:
+        """May a device draw several tokens by itself? Not if the host must see each one's logits."""
+        needs_logits = self._edits.any or self._constraint is not None or self._params.logprobs is not None
+        return self._device is not None and not needs_logits
 
     def device_params(self, tokens: Sequence[int]) -> DrawParams:
         """For the device to draw what comes after `tokens`."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -84,8 +84,8 @@ class Loop:
         if not waiting:
             return 0
         executor = self._engine.executor
-        if isinstance(executor, DecodingExecutor) and all(map(_draws_on_device, waiting)):
-            self._burst(executor, waiting)
+        if all(map(_draws_on_device, waiting)):
+            self._burst(cast(DecodingExecutor, executor), waiting)  # each chooser has found it to be one
             return 0
         self._propose(waiting)
         started = perf_counter()
@@ -251,7 +251,7 @@ class Loop:
 def _draws_on_device(generation: Generation) -> bool:
     """May a device go on with it by itself? The first token comes from a prompt's logits, which the host has."""
     is_reply = generation.sequence.pending == 1 and generation.taken > 0
-    return is_reply and generation.speculator is None and not generation.chooser.needs_logits
+    return is_reply and generation.speculator is None and generation.chooser.leaves_it_to_the_device
 
 
 def _length(tokens: Sequence[int], ends: Sequence[int]) -> int:

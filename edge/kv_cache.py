@@ -109,6 +109,16 @@ class KVCache:
         """Pages that nobody holds and that a new sequence may find."""
         return len(self._cached)
 
+    @property
+    def empty_pages(self) -> int:
+        """Pages that nobody holds and that hold nothing."""
+        return len(self._free)
+
+    @property
+    def held_pages(self) -> int:
+        """Pages of sequences."""
+        return self.num_pages - self.free_pages
+
     def open(self) -> int:
         """A new, empty sequence."""
         self._next_id += 1

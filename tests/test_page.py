@@ -411,7 +411,8 @@ def test_refusals_are_one_sentence_and_lose_nothing(page: Browser, url: str) -> 
 
 
 def test_a_key_is_asked_for_and_a_server_that_ends_is_noticed(bundle: Path, browser: Browser) -> None:
-    with started(bundle, "--api-key", "sésame") as (process, port):
+    # Room for a reply that is not over before the server is stopped.
+    with started(bundle, "--api-key", "sésame", context=4096) as (process, port):
         url = f"http://127.0.0.1:{port}/"
         with urllib.request.urlopen(url, timeout=30) as response:
             policy = response.headers["Content-Security-Policy"]

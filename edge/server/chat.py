@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,11 +13,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from edge.generation import TokenEvent
-from edge.server.chat_prompt import Deltas, Prompt, message_of, prompt_of
+from edge.server.chat_prompt import Deltas, Prompt, prompt_of
 from edge.server.errors import ApiError, Json, ignored_fields
 from edge.server.protocol import ChatBody
 from edge.server.replies import ChatChunk, ChatCompletion, generated
-from edge.server.service import Replies, Service, check_output, failure_of
+from edge.server.service import Replies, Service, check_output, choices, client_of, failure_of
 from edge.server.sse import EventStream, event
 from edge.server.tokens import chat_logprobs, usage
 from edge.serving.request import Output, Request
@@ -57,14 +56,12 @@ def _requests(service: Service, body: ChatBody, prompt: Prompt, http: HttpReques
     request = Request(
         tuple(prompt.ids),
         params,
-        client=f"{http.client.host if http.client else ''}/{body.user or ''}",
+        client=client_of(body, http),
         timeout=service.settings.timeout,
         text=service.text(params, after_prompt=False),
         constraint=constraint,
     )
-    if params.seed is None:
-        return [request] * body.choices
-    return [replace(request, params=replace(params, seed=(params.seed + i) % 2**64)) for i in range(body.choices)]
+    return choices(request, body.choices)
 
 
 def _default_tokens(service: Service, room: int) -> int:
@@ -77,31 +74,28 @@ def _make_id() -> str:
     return f"call_{secrets.token_hex(8)}"
 
 
-def _reason(output: Output, deltas: Deltas) -> str | None:
-    return "tool_calls" if output.finish_reason == "stop" and deltas.calls else output.finish_reason
+def _reason(output: Output, has_calls: bool) -> str | None:
+    return "tool_calls" if output.finish_reason == "stop" and has_calls else output.finish_reason
 
 
 async def _whole(
     service: Service, prompt: Prompt, replies: Replies, head: dict[str, Any], http: HttpRequest
 ) -> dict[str, Any]:
-    choices = []
+    wholes = []
     for index, outputs in enumerate(await replies.all(http)):
         check_output(outputs[-1])
-        deltas, events = Deltas(prompt.parser(), _make_id), list[TokenEvent]()
-        written: list[dict[str, Any]] = []
-        for output in outputs:
-            events.extend(output.tokens)
-            written += deltas.push(output.text, is_last=output is outputs[-1])
-        choices.append(
+        events = [event for output in outputs for event in output.tokens]
+        message = prompt.message("".join(output.text for output in outputs), _make_id)
+        wholes.append(
             {
                 "index": index,
-                "message": message_of(written),
-                "logprobs": chat_logprobs(service.tokenizer, events) if events else None,
-                "finish_reason": _reason(outputs[-1], deltas),
+                "message": message,
+                "logprobs": _logprobs(service, events),
+                "finish_reason": _reason(outputs[-1], "tool_calls" in message),
             }
         )
     counts = usage(replies.tickets, len(replies.tickets))
-    return {**head, "object": "chat.completion", "choices": choices, "usage": counts}
+    return {**head, "object": "chat.completion", "choices": wholes, "usage": counts}
 
 
 async def _chunks(
@@ -128,7 +122,7 @@ async def _chunks(
             waiting[index] = []
         if output.finish_reason is not None:
             rest = _logprobs(service, waiting[index])
-            yield event({**head, "choices": [_choice(index, {}, _reason(output, deltas[index]), rest)]})
+            yield event({**head, "choices": [_choice(index, {}, _reason(output, deltas[index].calls > 0), rest)]})
     if body.wants_usage:
         yield event({**head, "choices": [], "usage": usage(replies.tickets, len(replies.tickets))})
     yield event("[DONE]")

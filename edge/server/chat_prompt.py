@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge.chat_format.choice_grammar import chosen_tools, tool_choice_grammar
-from edge.chat_format.reply import Content, Event, Reasoning, ReplyParser
+from edge.chat_format.reply import Content, Event, Reasoning, ReplyParser, parse_reply, to_message
 from edge.chat_format.tools import Tool, parse_tools
 from edge.server.protocol import ChatBody
 from edge.text import Tokenizer
@@ -26,6 +26,10 @@ class Prompt:
         """Of one reply."""
         return ReplyParser(self.tools, prompt=self.text)
 
+    def message(self, text: str, make_id: Callable[[], str]) -> dict[str, Any]:
+        """Of a whole reply."""
+        return to_message(parse_reply(text, self.tools, prompt=self.text), iter(make_id, ""))
+
 
 def prompt_of(tokenizer: Tokenizer, body: ChatBody) -> Prompt:
     """By the model's template; UsageError if messages, tools or tool_choice are not what they should be.
@@ -39,7 +43,7 @@ def prompt_of(tokenizer: Tokenizer, body: ChatBody) -> Prompt:
     if body.tool_choice not in (None, "auto", "none"):
         parallel = body.parallel_tool_calls is not False
         grammar = tool_choice_grammar(tools, body.tool_choice, parallel=parallel, prompt=text)
-    return Prompt(text, tokenizer.encode(text, add_bos=tokenizer.settings.add_bos), tools, grammar)
+    return Prompt(text, tokenizer.encode_prompt(text), tools, grammar)
 
 
 class Deltas:
@@ -63,18 +67,3 @@ class Deltas:
             return {"reasoning_content": event.text}
         self.calls += 1
         return {"tool_calls": [{"index": self.calls - 1, **event.to_openai(self._make_id())}]}
-
-
-def message_of(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The whole message that deltas add up to."""
-    content = [delta["content"] for delta in deltas if "content" in delta]
-    reasoning = [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta]
-    calls = [dict(call) for delta in deltas for call in delta.get("tool_calls", ())]
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(content) if content or not calls else None}
-    if reasoning:
-        message["reasoning_content"] = "".join(reasoning)
-    if calls:
-        for call in calls:
-            del call["index"]
-        message["tool_calls"] = calls
-    return message

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from edge.server.errors import ApiError, Json, ignored_fields
 from edge.server.protocol import CompletionBody
 from edge.server.replies import Completion, CompletionChunk, generated
-from edge.server.service import Replies, Service, check_output, failure_of
+from edge.server.service import Replies, Service, check_output, choices, client_of, failure_of
 from edge.server.sse import EventStream, event
 from edge.server.tokens import CompletionLogprobs, joined, usage
 from edge.serving.request import Output, Request
@@ -46,11 +46,11 @@ def completions_router(service: Service) -> APIRouter:
         writers = [_Writer(service, body, prompt) for prompt in prompts for _ in range(body.choices)]
         if body.stream:
             return EventStream(_chunks(body, replies, writers, head), ignored_fields(body))
-        choices = []
+        wholes = []
         for index, outputs in enumerate(await replies.all(http)):
             check_output(outputs[-1])
-            choices.append(_whole(index, [writers[index].part(output) for output in outputs]))
-        return Json({**head, "choices": choices, "usage": _usage(body, replies)}, headers=ignored_fields(body))
+            wholes.append(_whole(index, [writers[index].part(output) for output in outputs]))
+        return Json({**head, "choices": wholes, "usage": _usage(body, replies)}, headers=ignored_fields(body))
 
     return router
 
@@ -75,7 +75,7 @@ def _prompts(service: Service, body: CompletionBody) -> list[_Prompt]:
 def _prompt(service: Service, given: str | list[int], *, echo: bool) -> _Prompt:
     tokenizer = service.tokenizer
     if isinstance(given, str):
-        return _Prompt(tuple(tokenizer.encode(given, add_bos=tokenizer.settings.add_bos)), given)
+        return _Prompt(tuple(tokenizer.encode_prompt(given)), given)
     service.engine.check_prompt(given, 0)
     return _Prompt(tuple(given), tokenizer.decode(given) if echo else "")
 
@@ -87,20 +87,15 @@ def _requests(
     max_tokens = default if body.max_tokens is None else max(1, body.max_tokens)
     lists_prompt = bool(body.echo) and body.logprobs is not None
     params = service.params(body, max_tokens, logprobs=body.logprobs, prompt_logprobs=lists_prompt)
-    client = f"{http.client.host if http.client else ''}/{body.user or ''}"
-    groups = []
-    for prompt in prompts:
-        request = Request(
-            prompt.ids,
-            params,
-            client,
-            service.settings.timeout,
-            service.text(params, after_prompt=True),
-            service.constraint(body.response_format),
-        )
-        seeds = [None if params.seed is None else (params.seed + i) % 2**64 for i in range(body.choices)]
-        groups.append([replace(request, params=replace(params, seed=seed)) for seed in seeds])
-    return groups
+    first = Request(
+        prompts[0].ids,
+        params,
+        client=client_of(body, http),
+        timeout=service.settings.timeout,
+        text=service.text(params, after_prompt=True),
+        constraint=service.constraint(body.response_format),
+    )
+    return [choices(replace(first, prompt_ids=prompt.ids), body.choices) for prompt in prompts]
 
 
 class _Writer:

@@ -75,8 +75,7 @@ class Metrics:
         """The page, with what is there just now."""
         self._running.set(running)
         self._waiting.set(waiting)
-        cached, free = engine.cache.cached_pages, engine.cache.free_pages
-        self._pages.labels("held").set(engine.cache.num_pages - free)
-        self._pages.labels("cached").set(cached)
-        self._pages.labels("empty").set(free - cached)
+        self._pages.labels("held").set(engine.cache.held_pages)
+        self._pages.labels("cached").set(engine.cache.cached_pages)
+        self._pages.labels("empty").set(engine.cache.empty_pages)
         return generate_latest(self.registry)

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -136,6 +136,19 @@ class Service:
         """Seconds until there is room, by how long requests took lately."""
         rounds = (1 + self.worker.waiting) / max(1, self.worker.running)
         return min(60, max(1, math.ceil(self.metrics.mean_seconds * rounds)))
+
+
+def client_of(body: GenerationBody, http: HttpRequest) -> str:
+    """Whose request it is: clients take turns."""
+    return f"{http.client.host if http.client else ''}/{body.user or ''}"
+
+
+def choices(request: Request, count: int) -> list[Request]:
+    """The request so many times; if it has a seed, the next ones for those after the first."""
+    seed = request.params.seed
+    if seed is None:
+        return [request] * count
+    return [replace(request, params=replace(request.params, seed=(seed + i) % 2**64)) for i in range(count)]
 
 
 class Replies:

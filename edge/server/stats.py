@@ -127,7 +127,7 @@ class Snapshots:
         now, engine, totals = self._now(), batcher.engine, batcher.totals
         if now - self._measured >= _LEAST_LEDGER_AGE:
             self._ledger, self._measured = engine.ledger(), now
-        free, cached = engine.cache.free_pages, engine.cache.cached_pages
+        cache = engine.cache
         lines = [LedgerLine(**vars(line)) for line in self._ledger]
         speculation = None
         if engine.speculation is not None:
@@ -139,7 +139,7 @@ class Snapshots:
             time=now,
             requests=Requests(running=len(batcher.running), waiting=len(batcher.queue)),
             tokens=Tokens(**vars(totals)),
-            pages=Pages(used=engine.cache.num_pages - free, cached=cached, free=free - cached),
+            pages=Pages(used=cache.held_pages, cached=cache.cached_pages, free=cache.empty_pages),
             memory=Memory(budget=engine.plan.budget, age=now - self._measured, lines=lines),
             speculation=speculation,
         )
