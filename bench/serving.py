@@ -8,8 +8,7 @@ are counted from the first token of all to the last of any. Overhead: a token's 
 run` with the same prompt, alternately, median of the runs; by the clock, and by the processor with one thread, which
 does not depend on what else the machine does. Soak: clients with prompts of mixed lengths, some of which hang up, and
 one that reads slowly; every whole reply is compared with the same request alone, and at the end pages and memory must
-be what they were. With int4 weights a reply may differ where two tokens are almost equally likely, since ONNX Runtime
-rounds activations otherwise in a larger step; `--exact` leaves no such reason.
+be what they were.
 """
 
 from __future__ import annotations
