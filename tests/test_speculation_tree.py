@@ -70,6 +70,20 @@ class Reference:
         return [path for score, path in best if score > -np.inf]
 
 
+def grown(logits_after: Callable[[Path], np.ndarray], k: int, levels: int, scale: float, size: int) -> TokenTree:
+    """The tree of an expansion that knows its size, and so runs no row that cannot matter."""
+    expansion = TreeExpansion(logits_after(()), k, scale, size)
+    beam = [(int(token),) for token in expansion.beam.tokens]
+    for _ in range(1, levels):
+        assert len(beam) <= min(k, max(0, size - 1 - expansion.depth))
+        if not beam:
+            break
+        expansion.extend(np.stack([logits_after(path) for path in beam]))
+        now = expansion.beam
+        beam = [(*beam[row], int(t)) for row, t in zip(now.parents, now.tokens, strict=True)]
+    return expansion.tree(5, size)
+
+
 def paths_of(tree: TokenTree) -> list[Path]:
     paths: list[Path] = [()]
     for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
@@ -118,6 +132,7 @@ def test_equals_brute_force(seed: int, vocab: int, k: int, levels: int, size: in
     assert beam == reference.beams[levels - 1]
     tree = expansion.tree(5, size)
     assert paths_of(tree) == reference.paths(size)
+    assert grown(logits_after, k, levels, scale, size) == tree
     remap = np.arange(vocab)[::-1] + 1000
     renamed = expansion.tree(5, size, remap)
     assert renamed.parents == tree.parents

@@ -73,10 +73,8 @@ class EagleDrafter:
         depth = min(limits.depth, 1 + room // self._top_k)
         place = _Place(np.asarray(pages, np.int32)[None], length)
         result = self._catch_up(tokens, place)
-        expansion = TreeExpansion(result.logits[0], self._top_k)
-        while expansion.depth < depth:
-            beam = expansion.beam
-            count = len(beam.tokens)
+        expansion = TreeExpansion(result.logits[0], self._top_k, size=limits.rows + 1)
+        while expansion.depth < depth and (count := len((beam := expansion.beam).tokens)):
             slots = root + beam.first_slot + np.arange(count)
             tree = TreeRows(slots.astype(np.int32), np.array([root], np.int32), beam.masks)
             ids = beam.tokens if self._draft.vocab is None else self._draft.vocab[beam.tokens]

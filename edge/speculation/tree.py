@@ -100,7 +100,7 @@ class TokenTree:
 
 @dataclass(frozen=True)
 class Beam:
-    """The rows that the draft runs for one level of the tree; w is at most k.
+    """The rows that the draft runs for one level of the tree; w is at most k, and 0 if the tree is as good as it gets.
 
     tokens [w]: ids of the draft's vocabulary. parents [w]: the row of the previous level (0 for the first level: the
     root's row) whose hidden state each continues. masks [w]: which slots of the draft's own tree each row sees, its own
@@ -119,17 +119,23 @@ class TreeExpansion:
     `logits` [V'] are the draft's after the sequence's last token, and `scale` what they are multiplied by. Likelihoods
     are cumulative log-probabilities in float32, ties go to the node that was found first (a parent before its
     children), and between equal logits of a row to the lower id. Logits that are NaN, +inf or all -inf raise EdgeError.
+
+    `size`: of the largest tree that will be asked for, root included; None is any. Nodes whose children cannot be in it
+    are not continued, which changes no tree: a child is no likelier than its parent and was found later, so that it is
+    among the n likeliest only if its parent is among the n - 1 likeliest.
     """
 
-    def __init__(self, logits: npt.NDArray[Any], k: int, scale: float = 1.0) -> None:
+    def __init__(self, logits: npt.NDArray[Any], k: int, scale: float = 1.0, size: int | None = None) -> None:
         if k < 1 or not scale > 0:
             raise ValueError(f"a level needs k of at least 1 and a positive scale of the logits, not {k} and {scale}")
         self._k = k
+        self._size = size
+        self._each = k if size is None else max(1, min(k, size - 1))  # children of a node that may be in the tree
         self._scale = np.float32(scale)
         # The history: every candidate ever found, in the order of finding. Parents are indices into it.
         self._tokens, self._scores = self._best(logits[None])
         self._parents = np.full(self._tokens.size, -1)
-        self._beam = np.arange(self._tokens.size)
+        self._beam = self._continued(np.arange(self._tokens.size))
         self._beam_parents = np.zeros(self._beam.size, np.int64)
         self._paths = [1 << row for row in range(self._beam.size)]
         self._first_slot = 0
@@ -151,16 +157,22 @@ class TreeExpansion:
         tokens, scores = self._best(logits)
         each = tokens.size // self._beam.size
         scores = np.repeat(self._scores[self._beam], each) + scores
-        best = _largest(scores, self._k)
-        rows = best // each  # of the level just run
-        self._first_slot += self._beam.size
-        self._paths = [self._paths[row] | 1 << (self._first_slot + i) for i, row in enumerate(rows.tolist())]
         found = self._tokens.size
         self._tokens = np.concatenate([self._tokens, tokens])
         self._parents = np.concatenate([self._parents, np.repeat(self._beam, each)])
         self._scores = np.concatenate([self._scores, scores])
-        self._beam, self._beam_parents = found + best, rows
+        self._first_slot += self._beam.size
+        self._beam = self._continued(found + _largest(scores, self._k))
+        rows = (self._beam - found) // each  # of the level just run
+        self._paths = [self._paths[row] | 1 << (self._first_slot + i) for i, row in enumerate(rows.tolist())]
+        self._beam_parents = rows
         self.depth += 1
+
+    def _continued(self, level: Ids) -> Ids:
+        """Those of the level's best nodes (indices into the history) whose children may be in the tree."""
+        if self._size is None:
+            return level
+        return level[np.isin(level, _largest(self._scores, self._size - 2))]
 
     def tree(self, root_token: int, size: int, remap: npt.NDArray[Any] | None = None) -> TokenTree:
         """The tree of the likeliest `size` nodes of all levels, root included, by descending likelihood.
@@ -183,7 +195,7 @@ class TreeExpansion:
         """Of each row of [w, V'] the k best ids, best first, and their log-probabilities, one row after the other."""
         ids, scores = [], []
         for row in logits:  # one at a time stays in the processor's cache
-            best = _largest(row, self._k)
+            best = _largest(row, self._each)
             scaled = row.astype(np.float32) * self._scale
             largest = scaled[best[0]]
             if not (np.isfinite(largest) and largest == scaled.max()):
