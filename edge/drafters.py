@@ -11,7 +11,7 @@ from edge.plan import EngineOptions, Plan
 from edge.speculation.acceptance import ChainAcceptance, TreeAcceptance
 from edge.speculation.adaptive import Pace
 from edge.speculation.eagle import EagleDrafter
-from edge.speculation.speculator import LookupDrafter, Speculation
+from edge.speculation.speculator import LookupDrafter, Speculation, Way
 from plugins import PAGE_TOKENS
 
 MOST_DEPTH = 6  # of a tree that a draft model grows: each level is a step of the draft
@@ -37,8 +37,7 @@ def make_speculation(bundle: Bundle, options: EngineOptions, plan: Plan) -> Spec
     if options.speculative == "off":
         return None
     if options.speculative == "lookup":
-        pace = Pace(ChainAcceptance())
-        return Speculation("lookup", partial(LookupDrafter, pace), pace)
+        return Speculation("lookup", (_lookup(shortest=2),))
     from edge.executors.draft import OnnxRuntimeDraft
     from edge.executors.ort_session import Reserved
 
@@ -50,4 +49,10 @@ def make_speculation(bundle: Bundle, options: EngineOptions, plan: Plan) -> Spec
     top_k = section.tree["top_k"]
     reach = section.model.window * PAGE_TOKENS or plan.max_context
     drafter = partial(EagleDrafter, draft, top_k, reach + PAGE_TOKENS)
-    return Speculation("eagle", drafter, Pace(TreeAcceptance(MOST_DEPTH)), draft, top_k * (MOST_DEPTH - 1))
+    ways = (Way(drafter, Pace(TreeAcceptance(MOST_DEPTH))), _lookup(shortest=3))
+    return Speculation("eagle", ways, draft, top_k * (MOST_DEPTH - 1))
+
+
+def _lookup(shortest: int) -> Way:
+    pace = Pace(ChainAcceptance())
+    return Way(partial(LookupDrafter, pace, shortest), pace)

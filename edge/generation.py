@@ -188,7 +188,7 @@ class Loop:
         sequence = generation.sequence
         length = sequence.length_after(1)
         limits = self._limits(sequence, length, generation.left, share)
-        if not (wanted := speculator.choose(sequence.tokens, limits)).rows or limits.depth < 1:
+        if not (wanted := speculator.choose(sequence.tokens, limits)).rows:
             return None
         room = sequence.computed + 1 + max(wanted.rows, speculator.slots)
         cache = self._engine.cache

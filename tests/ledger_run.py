@@ -15,6 +15,7 @@ import numpy as np
 from edge.engine import Engine, open_engine
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
+from edge.speculation.speculator import Choice, Pace, Speculation
 
 REPLY = 3  # tokens; a prompt has the rest of the context
 
@@ -25,14 +26,19 @@ class Always:
     def beside(self, sequences: int) -> Always:
         return self
 
-    def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
-        return min(most_rows, 11), min(most_depth, 2)
+    def choose(self, most_rows: int, most_depth: int) -> Choice:
+        return Choice(min(most_rows, 11), min(most_depth, 2), 1.0)
 
     def plain(self, seconds: float) -> None:
         pass
 
     def verified(self, *what: object) -> None:
         pass
+
+
+def paced(speculation: Speculation, pace: Pace) -> Speculation:
+    """Its first way of guessing alone, at this pace."""
+    return replace(speculation, ways=(replace(speculation.ways[0], pace=pace),))
 
 
 def generate_all(engine: Engine, reply: int = REPLY) -> int:
@@ -49,7 +55,7 @@ def main() -> None:
         options["offload"] = Path(options["offload"])
     engine = open_engine(Path(sys.argv[1]), EngineOptions(**options))
     if engine.speculation is not None:
-        engine.speculation = replace(engine.speculation, pace=Always())
+        engine.speculation = paced(engine.speculation, Always())
     replied = generate_all(engine, REPLY if engine.speculation is None else 10 * REPLY)
     rows = engine.plan.run.rows
     engine.logits(list(range(5, 5 + rows)), last=rows)

@@ -73,7 +73,7 @@ def run_lookup(
     pace = Pace(ChainAcceptance()) if pace is None else pace
     run, token = Run(), 0
     while token < tokens:
-        rows, depth = pace.choose(64, 64)
+        rows, depth, _ = pace.choose(64, 64)
         assert rows == depth
         if rng.random() >= available:
             rows = 0
@@ -139,7 +139,7 @@ def run_tree(cost: Cost, draft: Callable[[int], float], template: Template, toke
     pace = Pace(TreeAcceptance(6))
     run, token = Run(), 0
     while token < tokens:
-        rows, depth = pace.choose(64, 6)
+        rows, depth, _ = pace.choose(64, 6)
         path: list[int] = []
         drafted = 0.0
         if rows:
@@ -169,7 +169,7 @@ def run_text(cost: Cost, prompt: list[int], reply: list[int], seed: int, *, shad
     lookup.extend(reply[:1])
     run, done = Run(), 1
     while done < len(reply):
-        rows, _ = pace.choose(min(64, len(reply) - done), 64)
+        rows, *_ = pace.choose(min(64, len(reply) - done), 64)
         proposal = lookup.propose(rows)
         tree = TokenTree.chain([reply[done - 1], *proposal])
         seconds = device.seconds(len(tree), done)

@@ -30,7 +30,7 @@ from edge.sampler import SamplingParams
 from edge.speculation.draft import DraftBatch
 from tests.command import edge
 from tests.draft_samples import draft_config, draft_weights, write_draft
-from tests.ledger_run import Always
+from tests.ledger_run import Always, paced
 from tests.reference import granite, read_safetensors, reference_logits
 from tests.synthetic import tiny_config, write_hf_checkpoint
 
@@ -305,7 +305,7 @@ def test_a_reply_with_the_draft_is_the_reply(temperature: float, kind: str, spar
     bundle = export(tmp_path / "bundle", base, draft, FORMATS[kind], ids)
     engine = open_engine(bundle.path, EngineOptions(context=256, threads=2, speculative="eagle"))
     assert engine.speculation is not None
-    engine.speculation = replace(engine.speculation, pace=Always())
+    engine.speculation = paced(engine.speculation, Always())
     assert [event.token_id for event in engine.generate(prompt, params)] == expected
     totals = engine.speculation.totals
     assert totals.accepted >= 3 and len(totals.lengths) > 1

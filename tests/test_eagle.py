@@ -92,13 +92,13 @@ def test_after_a_step_only_the_accepted_rows_are_computed() -> None:
 def test_what_is_out_of_reach_or_was_not_followed_is_left_out() -> None:
     draft, tokens = Recorder(), [*range(1000)]
     drafter = EagleDrafter(draft, TOP_K, reach=100)
-    assert drafter.propose(tokens, range(16), 1000, Limits(rows=4, depth=2)) is None
+    assert not drafter.ready(tokens)
     drafter.follow(0, hidden_of(0, 999))
     drafter.propose(tokens, range(16), 1000, Limits(rows=4, depth=1))
     assert draft.batches[0].positions[0] == 899
     drafter.follow(1005, hidden_of(1005, 1))  # others were computed in between
-    assert drafter.propose([*range(1006)], range(16), 1006, Limits(rows=4, depth=1)) is None
-    assert drafter.propose([*range(1007)], range(16), 1007, Limits(rows=4, depth=1)) is not None
+    assert not drafter.ready([*range(1006)])
+    assert drafter.ready([*range(1007)])
 
 
 def test_levels_are_as_many_as_pages_have_room_for() -> None:

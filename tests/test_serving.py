@@ -28,10 +28,10 @@ from edge.sampler import SamplingParams
 from edge.scheduler import Sequence as ScheduledSequence
 from edge.serving.batcher import Batcher, BatchLimits
 from edge.serving.request import Request, Ticket
-from edge.speculation.speculator import Limits, Speculation
+from edge.speculation.speculator import Limits, Speculation, Way
 from edge.speculation.tree import TokenTree
 from plugins import PAGE_TOKENS
-from tests.ledger_run import Always
+from tests.ledger_run import Always, paced
 from tests.synthetic import tiny_config, write_hf_checkpoint
 from tests.test_speculation import Eager, Prophet
 
@@ -362,21 +362,24 @@ class ProphetOfMany:
     def follow(self, first: int, hidden: np.ndarray) -> None:
         raise AssertionError("there is no draft model")
 
-    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
         if self._prophet is None:
             whole = next(whole for whole in self._known if whole[: len(tokens)] == list(tokens))
             self._prophet = Prophet(whole, 1, VOCAB)
         return self._prophet.propose(tokens, pages, length, limits)
 
-    def skip(self, tokens: Sequence[int]) -> None:
+    def ready(self, tokens: Sequence[int]) -> bool:
+        return True
+
+    def skip(self) -> None:
         """Knows it anyway."""
 
 
 def speculate_in_batches(engine: Engine, known: Sequence[Sequence[int]]) -> None:
     if engine.speculation is None:
-        engine.speculation = Speculation("prophet", lambda: ProphetOfMany(known), Eager())
+        engine.speculation = Speculation("prophet", (Way(lambda: ProphetOfMany(known), Eager()),))
     else:
-        engine.speculation = replace(engine.speculation, pace=Always())
+        engine.speculation = paced(engine.speculation, Always())
 
 
 @pytest.mark.parametrize("speculative", ["off", "lookup", "prophet"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from build_engine.formats import WeightFormat
@@ -11,6 +10,7 @@ from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from edge.serving.batcher import Batcher, BatchLimits
 from edge.serving.request import Request
+from tests.ledger_run import paced
 from tests.synthetic import tiny_config
 from tests.test_serving import SPARSE, Reader, drive, prompt_ids, submit
 from tests.test_speculation import Eager, export
@@ -24,7 +24,7 @@ def test_drafts_of_several_requests_change_nothing(tmp_path: Path) -> None:
     options = EngineOptions(context=320, chunk=64, threads=2, sequences=4, speculative="eagle", logits_rows=48)
     engine = open_engine(path, options)
     assert engine.speculation is not None
-    engine.speculation = replace(engine.speculation, pace=Eager())
+    engine.speculation = paced(engine.speculation, Eager())
     batcher = Batcher(engine, BatchLimits(sequences=4))
     lengths = ((100, 0), (150, 0), (30, 1), (210, 0), (64, 2))
     params = SamplingParams(max_tokens=60, ignore_eos=True)

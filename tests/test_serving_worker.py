@@ -21,7 +21,7 @@ from edge.serving.batcher import Batcher, BatchLimits, QueueFullError
 from edge.serving.guidance import Guidance
 from edge.serving.request import Output, Request, Ticket
 from edge.serving.worker import Worker
-from tests.ledger_run import Always
+from tests.ledger_run import Always, paced
 from tests.test_serving import Reader, fake_engine, prompt_ids
 
 PARAMS = SamplingParams(max_tokens=30)
@@ -138,7 +138,7 @@ def test_a_schema_holds_in_guessed_tokens_too(tiny_bundle: Path, bundle: Bundle)
         options = EngineOptions(context=256, chunk=64, threads=2, sequences=2, speculative=speculative)
         engine = open_engine(tiny_bundle, options)
         if engine.speculation is not None:
-            engine.speculation = replace(engine.speculation, pace=Always())
+            engine.speculation = paced(engine.speculation, Always())
         batcher = Batcher(engine, BatchLimits())
         ids = tuple(load_tokenizer(engine).encode('{"numbers": [1, 2, 3]} {"numbers": [', add_bos=True))
         readers = []

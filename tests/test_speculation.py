@@ -20,7 +20,7 @@ from edge.executors.draft import OnnxRuntimeDraft
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
 from edge.scheduler import Sequence as ScheduledSequence
-from edge.speculation.speculator import Limits, Speculation
+from edge.speculation.speculator import Choice, Limits, Speculation, Way
 from edge.speculation.tree import TokenTree
 from plugins import PAGE_TOKENS
 from plugins.offload.store import MINIMUM_SLOTS
@@ -35,14 +35,17 @@ PROMPT, REPLY = 150, 420  # the reply crosses the switch to the long list, then 
 
 
 class Eager:
-    """Verifies as much as it may."""
+    """Verifies as much as it may, and promises anything."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
 
     def beside(self, sequences: int) -> Eager:
         return self
 
-    def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
+    def choose(self, most_rows: int, most_depth: int) -> Choice:
         """All."""
-        return most_rows, most_depth
+        return Choice(most_rows, most_depth, self._rng.random())
 
     def plain(self, seconds: float) -> None:
         """Nothing to learn."""
@@ -60,8 +63,12 @@ class Prophet:
     def follow(self, first: int, hidden: np.ndarray) -> None:
         """Needs no hidden states."""
 
-    def skip(self, tokens: Sequence[int]) -> None:
-        """Never called."""
+    def ready(self, tokens: Sequence[int]) -> bool:
+        """Always."""
+        return True
+
+    def skip(self) -> None:
+        """Where there is room for no tree."""
 
     def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
         """A tree of any shape; between no and `depth` tokens of the path that will be taken are in it."""
@@ -111,7 +118,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def speculate(engine: Engine, reply: Sequence[int], ids: Sequence[int], seed: int) -> None:
     vocab = engine.vocab_size
-    engine.speculation = Speculation("prophet", lambda: Prophet([*ids, *reply], seed, vocab), Eager())
+    engine.speculation = Speculation("prophet", (Way(lambda: Prophet([*ids, *reply], seed, vocab), Eager()),))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -139,7 +146,8 @@ def test_a_draft_models_trees_change_nothing(bundle: Path, temperature: float) -
     plain = open_engine(bundle, EngineOptions(context=1024, threads=2, chunk=64))
     engine = open_engine(bundle, EngineOptions(context=1024, threads=2, chunk=64, speculative="eagle"))
     assert engine.speculation is not None
-    engine.speculation = replace(engine.speculation, pace=Eager())
+    ways = [replace(way, pace=Eager()) for way in engine.speculation.ways]  # which take turns where text repeats
+    engine.speculation = replace(engine.speculation, ways=ways)
     session = engine.open_session()
     found = [event.token_id for event in session.generate(ids, params)]
     assert found == [event.token_id for event in plain.generate(ids, params)]

@@ -8,9 +8,9 @@ import numpy as np
 
 from edge.speculation.acceptance import Acceptance, Shapes
 from edge.speculation.costs import Costs
+from edge.speculation.speculator import PLAIN, Choice
 from edge.speculation.tree import TokenTree
 
-PLAIN = (0, 0)
 WORTH = 1.03  # expected tokens a second, relative to plain decoding, from which on trees are verified
 TAX = 0.02  # of the time, which looking for a better choice may cost
 _START = 3.0  # plain steps' time that may be lost before anything was gained
@@ -79,8 +79,8 @@ class Pace:
         """Of a tree that was not verified the nodes `path` would have been accepted, as later tokens showed."""
         self._acceptance.observe(tree, path)
 
-    def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
-        """Tree rows and levels to verify next, at most these; (0, 0) is a plain step."""
+    def choose(self, most_rows: int, most_depth: int) -> Choice:
+        """What to verify next, of at most so many rows and levels."""
         if min(most_rows, most_depth) < 1 or self.costs.plain_steps < 2 or self._since_plain >= _PLAIN_EVERY:
             return PLAIN
         shapes = self._acceptance.shapes(min(most_rows, self.costs.trusted_rows), most_depth)
@@ -97,7 +97,7 @@ class Pace:
                 best = self._unknown(shapes, gain, best)
         elif self._since_probe * TAX * gain[best] ** _BACKOFF < cost[best] - 1:
             return PLAIN
-        return shapes.rows[best], shapes.depths[best]
+        return Choice(shapes.rows[best], shapes.depths[best], float(gain[best]))
 
     def _unknown(self, shapes: Shapes, gain: np.ndarray, best: int) -> int:
         """The most promising tree of a size not measured lately, if there is one not much worse than the best."""

@@ -64,11 +64,13 @@ class EagleDrafter:
             del self._hidden[:far]
             self._first += far
 
-    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
-        """See Drafter; None if the base has computed nothing since the last one."""
+    def ready(self, tokens: Sequence[int]) -> bool:
+        """See Drafter: the base has computed all but the last token, and something since the last tree."""
+        return bool(self._hidden) and self._first + len(self._hidden) == len(tokens) - 1
+
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
+        """See Drafter."""
         root = len(tokens) - 1
-        if not self._hidden or self._first + len(self._hidden) != root:
-            return None
         room = min(MOST_TREE_ROWS, len(pages) * PAGE_TOKENS - root)  # for the levels that the draft runs
         depth = min(limits.depth, 1 + room // self._top_k)
         place = _Place(np.asarray(pages, np.int32)[None], length)
@@ -83,7 +85,7 @@ class EagleDrafter:
             expansion.extend(result.logits)
         return expansion.tree(tokens[root], limits.rows + 1, self._draft.vocab)
 
-    def skip(self, tokens: Sequence[int]) -> None:
+    def skip(self) -> None:
         """See Drafter: what the base computes waits."""
 
     def _catch_up(self, tokens: Sequence[int], place: _Place) -> DraftResult:

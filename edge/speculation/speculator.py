@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,24 +32,42 @@ class Drafter(Protocol):
         """The model has computed the tokens from `first` on; hidden [n, H] is its final norm's output."""
         ...
 
-    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
-        """A tree below the last of `tokens`, or nothing.
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
+        """A tree below the last of `tokens`, for which it is ready.
 
         pages: the sequence's, with room for limits.rows more tokens, and for more where there is. length: as a step's
         switch_length.
         """
         ...
 
-    def skip(self, tokens: Sequence[int]) -> None:
-        """No tree is wanted below the last of `tokens`."""
+    def ready(self, tokens: Sequence[int]) -> bool:
+        """Whether it can guess what follows the last of `tokens`; they only grow."""
         ...
+
+    def skip(self) -> None:
+        """No tree of it is wanted below the last of those tokens."""
+        ...
+
+
+class Choice(NamedTuple):
+    """Tree rows and levels to verify, and the tokens a second that this promises, relative to plain decoding.
+
+    No rows are a plain step.
+    """
+
+    rows: int
+    depth: int
+    gain: float
+
+
+PLAIN = Choice(0, 0, 1.0)
 
 
 class Pace(Protocol):
     """Decides how much is worth verifying (edge/speculation/adaptive.py)."""
 
-    def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
-        """Tree rows and levels to verify next, at most these; (0, 0) is a plain step."""
+    def choose(self, most_rows: int, most_depth: int) -> Choice:
+        """What to verify next, of at most so many rows and levels."""
         ...
 
     def plain(self, seconds: float) -> None:
@@ -66,41 +84,50 @@ class Pace(Protocol):
 
 
 class LookupDrafter:
-    """Proposes what followed the last time: needs no model. While it is not asked, `pace` hears what it would say."""
+    """Proposes what followed the last time: needs no model. While it is not asked, `pace` hears what it would say.
 
-    def __init__(self, pace: Unverified) -> None:
-        self._lookup = NgramLookup()
+    shortest: tokens that must have occurred before.
+    """
+
+    def __init__(self, pace: Unverified, shortest: int = 2) -> None:
+        self._lookup = NgramLookup(shortest=shortest)
         self._shadow = Shadow(self._lookup, pace)
 
     def follow(self, first: int, hidden: np.ndarray) -> None:
         """Nothing: the tokens are enough."""
 
-    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
-        """A chain; see `Drafter`."""
-        self._lookup.extend(tokens[len(self._lookup) :])
-        found = self._lookup.propose(min(limits.rows, limits.depth))
-        if not found:
-            self._shadow.follow()
-            return None
-        self._shadow.reset()
-        return TokenTree.chain([tokens[-1], *found])
-
-    def skip(self, tokens: Sequence[int]) -> None:
+    def ready(self, tokens: Sequence[int]) -> bool:
         """See `Drafter`."""
         self._lookup.extend(tokens[len(self._lookup) :])
+        return bool(self._lookup.propose(1))
+
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
+        """A chain; see `Drafter`."""
+        self._shadow.reset()
+        return TokenTree.chain([tokens[-1], *self._lookup.propose(min(limits.rows, limits.depth))])
+
+    def skip(self) -> None:
+        """See `Drafter`."""
         self._shadow.follow()
 
 
 @dataclass(frozen=True)
-class Speculation:
-    """Of an engine: makes each reply its drafter; the pace is learnt across replies.
+class Way:
+    """A way of guessing: makes each reply its drafter; the pace is learnt across replies."""
 
-    draft: the draft model, if there is one. slots: how many after a sequence's last token its drafter works in.
+    make_drafter: Callable[[], Drafter]
+    pace: Pace
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Of an engine: its ways of guessing, of which each step takes the one that promises most.
+
+    draft: the draft model, if there is one. slots: how many after a sequence's last token its drafters work in.
     """
 
     name: str
-    make_drafter: Callable[[], Drafter]
-    pace: Pace
+    ways: Sequence[Way]
     draft: Draft | None = None
     slots: int = 0
     totals: Speculated = field(default_factory=Speculated)
@@ -115,39 +142,50 @@ class Speculation:
 
     def begin(self) -> Speculator:
         """For one reply."""
-        return Speculator(self.make_drafter(), self.pace, self.totals, self.slots)
+        return Speculator(self)
 
 
 class Speculator:
-    """Proposals of one reply, as large as they pay. slots: see Speculation."""
+    """Proposals of one reply, each by the way that promises most, and as large as it pays."""
 
-    def __init__(self, drafter: Drafter, pace: Pace, totals: Speculated, slots: int) -> None:
+    def __init__(self, speculation: Speculation) -> None:
         self.statistics = Speculated()
-        self.slots = slots
-        self._drafter, self._pace, self._totals = drafter, pace, totals
-        self._alone = pace
+        self.slots = speculation.slots
+        self._totals = speculation.totals
+        self._drafters = [way.make_drafter() for way in speculation.ways]
+        self._alone = self._paces = [way.pace for way in speculation.ways]
+        self._chosen = 0  # the way of the last tree
         self._draft_seconds = 0.0
 
     def beside(self, sequences: int) -> None:
         """The next step has so many sequences, this one among them."""
-        self._pace = self._alone.beside(sequences)
+        self._paces = [pace.beside(sequences) for pace in self._alone]
 
     def follow(self, first: int, hidden: np.ndarray | None) -> None:
         """See `Drafter.follow`; hidden is None where there is no draft model."""
         if hidden is not None:
-            self._drafter.follow(first, hidden)
+            for drafter in self._drafters:
+                drafter.follow(first, hidden)
 
     def choose(self, tokens: Sequence[int], limits: Limits) -> Limits:
         """The tree below the last of `tokens` that is worth its cost; of no rows if none is."""
-        chosen = Limits(*self._pace.choose(limits.rows, limits.depth))
-        if not chosen.rows:
-            self._drafter.skip(tokens)
-        return chosen
+        choices = [
+            pace.choose(limits.rows, limits.depth)
+            if drafter.ready(tokens) and min(limits.rows, limits.depth) > 0
+            else PLAIN
+            for drafter, pace in zip(self._drafters, self._paces, strict=True)
+        ]
+        self._chosen = max(range(len(choices)), key=lambda way: (choices[way].rows > 0, choices[way].gain))
+        best = choices[self._chosen]
+        for way, drafter in enumerate(self._drafters):
+            if not best.rows or way != self._chosen:
+                drafter.skip()
+        return Limits(best.rows, best.depth)
 
-    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree | None:
-        """A tree as `choose` said; see `Drafter.propose`."""
+    def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
+        """A tree as `choose` said, below the same tokens; see `Drafter.propose`."""
         started = perf_counter()
-        tree = self._drafter.propose(tokens, pages, length, limits)
+        tree = self._drafters[self._chosen].propose(tokens, pages, length, limits)
         self._draft_seconds = perf_counter() - started
         return tree
 
@@ -155,9 +193,10 @@ class Speculator:
         """What the last proposal, or a plain step, came to. None: the step's time does not tell what this one cost."""
         if len(tree) == 1:
             if step_seconds is not None:
-                self._pace.plain(step_seconds)
+                for pace in self._paces:
+                    pace.plain(step_seconds)
             return
         if step_seconds is not None:
-            self._pace.verified(tree, accepted.path, step_seconds, self._draft_seconds)
+            self._paces[self._chosen].verified(tree, accepted.path, step_seconds, self._draft_seconds)
         for statistics in (self.statistics, self._totals):
             statistics.add(len(tree) - 1, len(accepted.tokens), self._draft_seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from edge.config import ModelConfig
 from edge.engine import open_engine
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
+from edge.speculation.speculator import Choice
 from edge.speculation.tree import TokenTree
 from tests.draft.acceptance import Shape, acceptance, grow
 from tests.draft.checkpoint import MODEL, load_draft
@@ -30,6 +30,7 @@ from tests.draft.corpus import chat_prompts, chat_tokenizer
 from tests.draft.model import shapes, unrolled
 from tests.draft.prompts import TEMPLATES, WORDS, prompts, words
 from tests.draft.target import Text, batched_target, write
+from tests.ledger_run import paced
 from tests.reference import greedy_tokens, llama_from_gguf
 
 REPLY = 48
@@ -191,9 +192,9 @@ class Fixed:
         """Itself."""
         return self
 
-    def choose(self, most_rows: int, most_depth: int) -> tuple[int, int]:
+    def choose(self, most_rows: int, most_depth: int) -> Choice:
         """It, as far as may be."""
-        return min(most_rows, self._wanted[0]), min(most_depth, self._wanted[1])
+        return Choice(min(most_rows, self._wanted[0]), min(most_depth, self._wanted[1]), 1.0)
 
     def plain(self, seconds: float) -> None:
         """Nothing to learn."""
@@ -211,7 +212,7 @@ def test_the_engine_accepts_what_the_recipe_does(
     engine = open_engine(bundle, EngineOptions(context=1024, threads=2, speculative="eagle"))
     shape = Shape(TREE["top_k"], TREE["depth"], TREE["size"])
     assert engine.speculation is not None
-    engine.speculation = replace(engine.speculation, pace=Fixed(shape))
+    engine.speculation = paced(engine.speculation, Fixed(shape))
     few = replies[:6]
     wanted = acceptance(load_draft(MODEL), smollm2.config, embedding, few, shape)
     for text in few:
