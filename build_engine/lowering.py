@@ -32,6 +32,7 @@ from plugins.block_linear import pack as block_pack
 from plugins.launch import divide_up
 from plugins.linear.meaning import ZEROS
 from plugins.linear.pack import TILE_ROWS, pack_codes, pack_scales, vector_inputs
+from plugins.tile_linear import pack as tile_pack
 
 # Inputs of a CPU's block for a scale a row: the fewest scales to store and to multiply by.
 ROW_BLOCK = block_pack.BLOCKS[-1]
@@ -171,7 +172,7 @@ class _Lowering:
         if attributes["role"] == b"head":
             return self._head(node, sources)
         if not self.weights.is_low_bit:
-            return self._plain(node, sources)
+            return self._plain(node, sources) if self.target.tensorrt else [self._tile_linear(node, sources)]
         bits, group = self.weights.bits, self.weights.group_size
         if self.weights.kind == "ternary":
             _require_ternary(sources, group)
@@ -201,7 +202,7 @@ class _Lowering:
         return [self._block_linear(raw, sources, bits, group), *casts]
 
     def _plain(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """Gemm on values [N, K], the checkpoint's own or float16, cast to the activation type when the engine loads."""
+        """Gemm on values [N, K], cast to the activation type when the engine loads."""
         x, y = node.input[0], node.output[0]
         activation = self.target.types.activation
         name = sources[0].name if len(sources) == 1 else f"{node.name}.weight"
@@ -209,20 +210,33 @@ class _Lowering:
             self.initializers.append(stored)
             self._plain_types[name] = stored.data_type
         if name not in self._plain_types:
-            dtypes = {source.dtype for source in sources}
-            dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-            if self.target.tensorrt or self.weights.kind == "fp16":
-                dtype = np.dtype(np.float16)
+            dtype = self._values_type(sources)
             element_type = helper.np_dtype_to_tensor_dtype(dtype)
-            shape = list(stacked_shape(sources))
-            chunks = (convert(s.name, rows, dtype) for s in sources for rows in row_chunks(s))
-            self.initializers.append(self.file.add(name, element_type, shape, chunks))
+            self.initializers.append(
+                self.file.add(name, element_type, list(stacked_shape(sources)), _values(sources, dtype))
+            )
             self._plain_types[name] = element_type
         nodes = []
         if self._plain_types[name] != activation:
             nodes.append(helper.make_node("Cast", [name], [f"{node.name}.cast"], f"{node.name}.cast", to=activation))
             name = f"{node.name}.cast"
         return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
+
+    def _values_type(self, sources: list[LazyTensor]) -> np.dtype:
+        """The checkpoint's own, or float16."""
+        if self.target.tensorrt or self.weights.kind == "fp16":
+            return np.dtype(np.float16)
+        dtypes = {source.dtype for source in sources}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def _tile_linear(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> onnx.NodeProto:
+        """The layout of plugins/tile_linear, written some row tiles at a time."""
+        (n, k), dtype = stacked_shape(sources), self._values_type(sources)
+        packed = (tile_pack.pack_tiles(rows) for rows in whole_tiles(_values(sources, dtype)))
+        stored = [divide_up(n, tile_pack.TILE_ROWS), k, tile_pack.TILE_ROWS]
+        element_type = helper.np_dtype_to_tensor_dtype(dtype)
+        inputs = [node.input[0], self._store(f"{node.name}.tiles", element_type, stored, packed)]
+        return edge_node("TileLinear", node.name, inputs, list(node.output), n=n)
 
     def _block_linear(self, node: onnx.NodeProto, sources: list[LazyTensor], bits: int, group: int) -> onnx.NodeProto:
         """The layout of plugins/block_linear, written some row tiles at a time; a scale a row is one a block, too."""
@@ -337,6 +351,10 @@ class _Lowering:
             helper.make_node("Transpose", [dense], [transposed], transposed, perm=[1, 0]),
             helper.make_node("MatMul", [node.input[0], transposed], list(node.output), node.name),
         ]
+
+
+def _values(sources: list[LazyTensor], dtype: np.dtype) -> Iterator[np.ndarray]:
+    return (convert(source.name, rows, dtype) for source in sources for rows in row_chunks(source))
 
 
 def _by_tile(parts: list[np.ndarray]) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ from edge.errors import EdgeError, UsageError
 from edge.kv_cache import KV_BYTES
 from plugins.launch import module_file
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.weights"

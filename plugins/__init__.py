@@ -28,6 +28,7 @@ def functions() -> list[onnx.FunctionProto]:
     from plugins.rms_norm.function import ADD_RMS_NORM, RMS_NORM
     from plugins.rope.function import LONG_ROPE_TABLE, ROPE_TABLE
     from plugins.swiglu.function import SWIGLU
+    from plugins.tile_linear.function import TILE_LINEAR
 
     texts = (
         RMS_NORM,
@@ -37,6 +38,7 @@ def functions() -> list[onnx.FunctionProto]:
         LONG_ROPE_TABLE,
         BLOCK_LINEAR,
         BLOCK_LINEAR_OFFSETS,
+        TILE_LINEAR,
         PACKED_LINEAR,
         PACKED_HEAD,
         PAGED_ATTENTION,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +98,22 @@ def test_what_two_mappings_share_counts_once(tmp_path: Path) -> None:
     assert first[0] == second[0] == 0
 
 
-@pytest.mark.parametrize("weights", [SYMMETRIC, WeightFormat("exact")], ids=["int4", "exact"])
-def test_the_drafts_regions_are_planned_to_three_percent(weights: WeightFormat, tmp_path: Path) -> None:
-    """What a run hides in its headroom: the regions' own figures after the largest step."""
-    bundle = open_bundle(export(tmp_path, weights, IDS))
+def measured_and_planned(path: Path) -> dict[str, tuple[int, int]]:
+    """The draft's regions after its largest step, and their lines."""
+    bundle = open_bundle(path)
     plan = make_plan(bundle, EngineOptions(context=1024, threads=2, speculative="eagle"))
     names = ("draft weights", "draft activations")
     draft = OnnxRuntimeDraft(bundle, 16, 2, Reserved(*(2 * plan.bytes(name) + (1 << 20) for name in names), 10))
     rows = np.arange(10)
     draft.step(batch(np.arange(256), np.zeros((256, 512), np.float32), range(256), np.arange(16), rows))
-    for name in names:
-        assert draft.memory()[name] == pytest.approx(plan.bytes(name), rel=TOLERANCE, abs=1 << 10), name
+    return {name: (draft.memory()[name], plan.bytes(name)) for name in names}
+
+
+@pytest.mark.parametrize("weights", [SYMMETRIC, WeightFormat("exact")], ids=["int4", "exact"])
+def test_the_drafts_regions_are_planned_to_three_percent(weights: WeightFormat, tmp_path: Path) -> None:
+    """What a run hides in its headroom. A process of its own, since of several libraries the last has the regions."""
+    path = export(tmp_path, weights, IDS)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(measured_and_planned, path).result()
+    for name, (measured, planned) in found.items():
+        assert measured == pytest.approx(planned, rel=TOLERANCE, abs=1 << 10), name

@@ -167,8 +167,8 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
         size = 4 * config.hidden_size * (run.tokens + waiting)
         working.append(Line("hidden states", size, f"{run.tokens} rows of a step, {waiting} that wait"))
     lines = [
-        Line("weights", weights.packed, "as float32, packed"),
-        Line("weights, mapped", weights.mapped, "embedding, codes and scales, read from the bundle"),
+        Line("weights", weights.packed, "a head of numbers, as float32, packed"),
+        Line("weights, mapped", weights.mapped, "embedding and projections, read from the bundle"),
         *working,
         *([] if draft is None else _draft_lines(draft)),
         Line("process", PROCESS_BYTES, "interpreter and libraries"),

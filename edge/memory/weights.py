@@ -11,7 +11,7 @@ from edge.config import ModelConfig
 TABLE_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # of a value of the embedding
 BITS = {"exact": 16, "fp16": 16, "w4a16": 4, "ternary": 2, "int8": 8, "int4": 4}
 _ROW_BLOCK = 128  # inputs that share a scale in a CPU's operator if the format has one for a whole row
-_TILE_ROWS = 16  # of a CPU's operator, to which rows are padded (plugins/block_linear)
+_TILE_ROWS = 16  # of a CPU's operators, to which rows are padded (plugins/block_linear, plugins/tile_linear)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class StoredWeights:
         return self.kind == "w4a16" and not self.symmetric
 
     @property
+    def value_bytes(self) -> int:
+        """Of a weight that is a number: the checkpoint's own are as wide as its embedding's."""
+        return 4 if self.kind == "exact" and self.embedding == "float32" else 2
+
+    @property
     def stored_head(self) -> str:
         """How the head is stored: of 16-bit weights as they are, whatever `head` says."""
         return self.kind if BITS[self.kind] == 16 else self.head
@@ -44,7 +49,10 @@ class StoredWeights:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` matrices of the model that are multiplied with: stored as BITS says, a scale for every `group` inputs."""
+    """`count` matrices of the model that are multiplied with: stored as BITS says, a scale for every `group` inputs.
+
+    value_bytes: of a number where it is used as the file has it; 0 if it is packed as float32 when it is loaded.
+    """
 
     rows: int
     columns: int
@@ -52,6 +60,7 @@ class Matrix:
     group: int
     symmetric: bool = True
     count: int = 1
+    value_bytes: int = 0
 
     @property
     def has_codes(self) -> bool:
@@ -95,15 +104,20 @@ def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
         (c.hidden_size, c.intermediate_size),
     )
     for rows, columns in shapes:
-        yield Matrix(rows, columns, weights.kind, weights.group_size, not weights.is_asymmetric, c.num_hidden_layers)
+        yield _projection(rows, columns, weights, c.num_hidden_layers)
     yield Matrix(c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size)
 
 
 def draft_matrices(layer: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
     """What a step of a draft model multiplies with: fc, which joins its inputs, and those of its layer and head."""
     size = layer.hidden_size
-    yield Matrix(size, 2 * size, weights.kind, weights.group_size, not weights.is_asymmetric)
+    yield _projection(size, 2 * size, weights)
     yield from matrices(layer, weights)
+
+
+def _projection(rows: int, columns: int, weights: StoredWeights, count: int = 1) -> Matrix:
+    symmetric = not weights.is_asymmetric
+    return Matrix(rows, columns, weights.kind, weights.group_size, symmetric, count, weights.value_bytes)
 
 
 def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes:
@@ -114,14 +128,17 @@ def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes
 
 
 def cpu_matrix_bytes(multiplied: Iterable[Matrix]) -> WeightBytes:
-    """Codes, float32 scales and float16 offsets are used where the file has them; other matrices become float32, each
-    folded once before it is packed.
+    """Projections are used where the file has them: codes with float32 scales and float16 offsets, or numbers. A head
+    of numbers becomes float32, folded once before it is packed.
     """
     packed = mapped = loading = 0
     for m in multiplied:
+        rows = m.count * -(-m.rows // _TILE_ROWS) * _TILE_ROWS
         if m.has_codes:
             block = m.block * BITS[m.stored] // 8 + (4 if m.symmetric else 6)
-            mapped += m.count * -(-m.rows // _TILE_ROWS) * _TILE_ROWS * m.blocks * block
+            mapped += rows * m.blocks * block
+        elif m.value_bytes:
+            mapped += rows * m.columns * m.value_bytes
         else:
             packed += m.count * 4 * m.values
             loading = max(loading, 4 * m.values)

@@ -11,6 +11,7 @@
 #include "plugins/paged_attention/cpu.h"
 #include "plugins/rms_norm/cpu.h"
 #include "plugins/swiglu/cpu.h"
+#include "plugins/tile_linear/cpu.h"
 
 namespace {
 
@@ -117,6 +118,26 @@ struct BlockLinear {
       run(std::integral_constant<int, 4>{});
     else
       run(std::integral_constant<int, 8>{});
+  }
+};
+
+template <ort::ElementType kType, class W>
+struct TileLinear {
+  static constexpr const char* name = "TileLinear";
+  static constexpr size_t inputs = 2, outputs = 1;
+  static ort::ElementType input_type(size_t i) { return i == 1 ? kType : ort::kFloat; }
+  static ort::ElementType output_type(size_t) { return ort::kFloat; }
+
+  int64_t columns;
+
+  explicit TileLinear(const void* info) : columns(ort::int_attribute(info, "n")) {}
+
+  void compute(void* context) {
+    const auto x = ort::input(context, 0), weights = ort::input(context, 1);
+    auto* y = static_cast<float*>(ort::output(context, 0, {x.rows(), columns}));
+    edge::tile_linear(
+        edge::TileLinear<W>{x.template as<float>(), weights.template as<W>(), y, x.rows(), x.columns(), columns},
+        ort::parallel(context));
   }
 };
 
@@ -308,6 +329,9 @@ EDGE_EXPORT void* RegisterCustomOps(void* options, const ort::ApiBase* base) {
   static ort::CustomOp ops[] = {ort::make_custom_op<RmsNorm>(), ort::make_custom_op<AddRmsNorm>(),
                                 ort::make_custom_op<SwiGlu>(), ort::make_custom_op<BlockLinear<false>>(),
                                 ort::make_custom_op<BlockLinear<true>>(),
+                                ort::make_custom_op<TileLinear<ort::kFloat, float>>(),
+                                ort::make_custom_op<TileLinear<ort::kFloat16, edge::half>>(),
+                                ort::make_custom_op<TileLinear<ort::kBFloat16, edge::bfloat16>>(),
                                 ort::make_custom_op<PagedAttention<false>>(),
                                 ort::make_custom_op<PagedAttention<true>>(),
                                 ort::make_custom_op<InfLlmV2Attention<ort::kFloat>>(),
