@@ -1,4 +1,4 @@
-"""What serving costs and gives: many streams beside one, the server beside `edge run`, the prefix cache, and a soak.
+"""What serving costs and gives: many streams beside one, the server beside `edge run`, the prefix cache, a restart, and a soak.
 
     python -m bench.serving                              # MiniCPM4-0.5B shape, int4, 24 layers
     python -m bench.serving --layers 4 --soak 60         # quicker, and then 64 clients for a minute
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import resource
 import subprocess
@@ -160,6 +161,21 @@ def measure_prefix(port: int) -> None:
     )
 
 
+def measure_restart(bundle: Path, options: Sequence[object]) -> None:
+    """From the command to the first token and what came from the disk: with the bundle out of memory, and restarted."""
+    for path in bundle.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for name in ("started, with nothing of the bundle in memory", "stopped by SIGTERM and started again"):
+        began = time.perf_counter()
+        with server(bundle, *options) as (port, process):
+            ready = time.perf_counter() - began
+            asyncio.run(complete(port, body(text(8, 9), 1)))
+            seconds, read = time.perf_counter() - began, process.io_counters().read_bytes
+        console.print(f"{name}: ready in {ready:.1f} s, first token in {seconds:.1f} s, {read / 2**20:.0f} MiB read")
+
+
 def gauge(port: int, name: str) -> float:
     """A value of /metrics."""
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
@@ -251,6 +267,7 @@ def main(
             measure_prefix(port)
     if repeat:
         measure_overhead(bundle, length, tokens, threads, repeat)
+        measure_restart(bundle, options)
     if soak_seconds:
         with server(bundle, *options, "--queue", clients) as (port, process):
             if not measure_soak(port, process, clients, soak_seconds):

@@ -3,8 +3,8 @@
     python -m bench.speculation                          # weights as the checkpoint has them, and int4
     python -m bench.speculation --weights exact --tokens 256 --rounds 5
 
-Three kinds of text: answers to held-out questions of a chat, copying (a passage that the prompt has begun to repeat)
-and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a
+Three kinds of text: answers to held-out questions of a chat, to their end, copying (a passage that the prompt has begun
+to repeat) and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a
 figure is the median of its rounds. Replies must be the same tokens whichever way they were decoded; those that are not
 are counted. Then what a step of several tokens costs, and the draft's step with the full head and with FR-Spec's.
 """
@@ -46,7 +46,7 @@ DRAFT = Path("tests/draft/model")
 WAYS = ("off", "lookup", "eagle")
 PASSAGE = 1200  # characters that are to be copied
 STEPS = 60  # of a draft, timed
-ROWS = (1, 2, 3, 5, 9, 16)  # tokens of timed steps of the model
+ROWS = (1, 2, 3, 5, 8, 16)  # tokens of timed steps of the model
 CONTEXT = 256  # tokens before them
 
 
@@ -91,10 +91,11 @@ def make_tasks(tokenizer: Tokenizer, tokens: int, count: int) -> list[Task]:
         passage = text[i * 5000 : i * 5000 + PASSAGE]
         copies.append(tokenizer.encode(f"{passage}\n\n{passage}\n\n{passage[:80]}", add_bos=False))
         stories.append(tokenizer.encode(text[i * 5000 : i * 5000 + 400], add_bos=False))
-    greedy = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=tokens)
+    copied = SamplingParams(max_tokens=tokens, ignore_eos=True)
     # Among all tokens a draw would now and then fall on the edge between two, which rounding moves.
     drawn = SamplingParams(temperature=1.0, top_k=40, seed=7, max_tokens=tokens, ignore_eos=True)
-    return [Task("chat", chat, greedy), Task("copying", copies, greedy), Task("prose", stories, drawn)]
+    return [Task("chat", chat, greedy), Task("copying", copies, copied), Task("prose", stories, drawn)]
 
 
 def run(engine: Engine, task: Task, into: Measured) -> list[list[int]]:

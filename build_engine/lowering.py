@@ -172,7 +172,7 @@ class _Lowering:
         if attributes["role"] == b"head":
             return self._head(node, sources)
         if not self.weights.is_low_bit:
-            return self._plain(node, sources) if self.target.tensorrt else [self._tile_linear(node, sources)]
+            return self._numbers(node, sources)
         bits, group = self.weights.bits, self.weights.group_size
         if self.weights.kind == "ternary":
             _require_ternary(sources, group)
@@ -196,13 +196,17 @@ class _Lowering:
             raw.name = raw.output[0] = "head.raw"
             casts = [helper.make_node("Cast", ["head.raw"], list(node.output), node.name, to=TensorProto.FLOAT)]
         if not self.weights.is_low_bit or self.weights.head == "exact":
-            return self._plain(raw, sources) + casts
+            return [*self._numbers(raw, sources), *casts]
         if self.target.tensorrt:
             return self._dequantize_linear(raw, sources, group) + casts
         return [self._block_linear(raw, sources, bits, group), *casts]
 
-    def _plain(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
-        """Gemm on values [N, K], cast to the activation type when the engine loads."""
+    def _numbers(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """Weights that are no codes: the checkpoint's own, or float16."""
+        return self._gemm(node, sources) if self.target.tensorrt else [self._tile_linear(node, sources)]
+
+    def _gemm(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> list[onnx.NodeProto]:
+        """On float16 values [N, K], cast to the activation type when the engine is built."""
         x, y = node.input[0], node.output[0]
         activation = self.target.types.activation
         name = sources[0].name if len(sources) == 1 else f"{node.name}.weight"
@@ -210,28 +214,22 @@ class _Lowering:
             self.initializers.append(stored)
             self._plain_types[name] = stored.data_type
         if name not in self._plain_types:
-            dtype = self._values_type(sources)
-            element_type = helper.np_dtype_to_tensor_dtype(dtype)
-            self.initializers.append(
-                self.file.add(name, element_type, list(stacked_shape(sources)), _values(sources, dtype))
-            )
-            self._plain_types[name] = element_type
+            values = _values(sources, np.dtype(np.float16))
+            self.initializers.append(self.file.add(name, TensorProto.FLOAT16, list(stacked_shape(sources)), values))
+            self._plain_types[name] = TensorProto.FLOAT16
         nodes = []
         if self._plain_types[name] != activation:
             nodes.append(helper.make_node("Cast", [name], [f"{node.name}.cast"], f"{node.name}.cast", to=activation))
             name = f"{node.name}.cast"
         return [*nodes, helper.make_node("Gemm", [x, name], [y], node.name, transB=1)]
 
-    def _values_type(self, sources: list[LazyTensor]) -> np.dtype:
-        """The checkpoint's own, or float16."""
-        if self.target.tensorrt or self.weights.kind == "fp16":
-            return np.dtype(np.float16)
-        dtypes = {source.dtype for source in sources}
-        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-
     def _tile_linear(self, node: onnx.NodeProto, sources: list[LazyTensor]) -> onnx.NodeProto:
         """The layout of plugins/tile_linear, written some row tiles at a time."""
-        (n, k), dtype = stacked_shape(sources), self._values_type(sources)
+        n, k = stacked_shape(sources)
+        dtypes = {source.dtype for source in sources}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        if self.weights.kind == "fp16" or (self.weights.is_low_bit and dtype == np.float32):
+            dtype = np.dtype(np.float16)  # as the embedding is
         packed = (tile_pack.pack_tiles(rows) for rows in whole_tiles(_values(sources, dtype)))
         stored = [divide_up(n, tile_pack.TILE_ROWS), k, tile_pack.TILE_ROWS]
         element_type = helper.np_dtype_to_tensor_dtype(dtype)

@@ -43,8 +43,8 @@ def make_speculation(bundle: Bundle, options: EngineOptions, plan: Plan) -> Spec
 
     section = bundle.manifest.draft
     assert section is not None
-    weights, step = plan.bytes("draft weights"), plan.bytes("draft activations")
-    reserved = Reserved(weights + headroom(weights), step + headroom(step), section.tree["top_k"])
+    step = plan.bytes("draft activations")
+    reserved = Reserved(headroom(0), step + headroom(step), section.tree["top_k"])
     draft = OnnxRuntimeDraft(bundle, plan.num_pages, options.threads, reserved)
     top_k = section.tree["top_k"]
     reach = section.model.window * PAGE_TOKENS or plan.max_context

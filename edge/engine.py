@@ -262,8 +262,8 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
         from edge.offload import Offload
 
         plan = make_plan(bundle, options)
-        weights, step = plan.bytes("weights"), plan.bytes("activations")
-        reserved = Reserved(weights + headroom(weights), step + headroom(step), plan.run.rows)
+        step = plan.bytes("activations")
+        reserved = Reserved(headroom(0), step + headroom(step), plan.run.rows)
         offload = None
         if options.offload is not None and plan.resident_pages is not None:
             offload = Offload(options.offload, plan.resident_pages)

@@ -65,6 +65,8 @@ def main() -> None:
             if attention.measured is None or attention.measured >= 0.97 * attention.planned:
                 break
             engine.logits(list(range(5, 5 + engine.max_context % 4096)), last=1)
+            if engine.speculation is not None:  # the draft has threads of its own
+                generate_all(engine, 10 * REPLY)
     rows_of = [asdict(row) for row in engine.ledger()]
     print(json.dumps({"replied": replied, "context": engine.max_context, "total": engine.plan.total, "lines": rows_of}))
 

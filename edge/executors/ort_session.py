@@ -27,7 +27,7 @@ POOL_TYPES: dict[str, tuple[type, int]] = {
 
 @dataclass(frozen=True)
 class Reserved:
-    """Bytes that the session's packed weights and the tensors of a step may take, and the rows of logits it has."""
+    """Bytes that the session's constants and the tensors of a step may take, and the rows of logits it has."""
 
     weights: int
     step: int

@@ -13,7 +13,6 @@ from edge.memory.step import draft_step_bytes, step_bytes
 from edge.memory.weights import (
     Matrix,
     StoredWeights,
-    WeightBytes,
     cpu_matrix_bytes,
     cpu_weight_bytes,
     draft_matrices,
@@ -24,7 +23,7 @@ from plugins import PAGE_TOKENS
 
 # The interpreter with numpy, ONNX Runtime and a tokenizer, and its session's own structures; stated, not allocated.
 PROCESS_BYTES = 160 << 20
-# For what the formulas miss, in percent of packed weights and activations, and the alignment of small tensors.
+# For what the formulas miss: in percent of activations, the alignment of small tensors, and constants.
 HEADROOM_PERCENT, HEADROOM_BYTES = 5, 1 << 20
 MEMORY, DISK, HOST = "memory", "disk", "host"
 
@@ -116,14 +115,12 @@ def cache_lines(subject: Subject, run: Run, elsewhere: str = DISK) -> list[Line]
 def _draft_lines(draft: DraftSubject) -> list[Line]:
     """What a draft takes beside its cache."""
     layer = draft.layer
-    weights = cpu_matrix_bytes(draft_matrices(layer, draft.weights)).packed
     step = draft_step_bytes(layer, draft.weights, DRAFT_TOKENS, draft.rows)
     results = 2 * 4 * draft.rows * (layer.vocab_size + layer.hidden_size)
     return [
-        Line("draft weights", weights, "as float32, packed"),
         Line("draft activations", step, f"steps of {DRAFT_TOKENS} tokens"),
         Line("draft logits", results, f"{draft.rows} rows with their hidden states, and a copy"),
-        Line("draft headroom", headroom(weights) + headroom(step), "for what the formulas miss"),
+        Line("draft headroom", headroom(0) + headroom(step), "for what the formulas miss"),
     ]
 
 
@@ -131,7 +128,7 @@ def _own_matrices(subject: Subject, draft: DraftSubject) -> list[Matrix]:
     """Those of a draft's matrices that lie in the file beside the model's: a whole head stored alike is the model's."""
     *layer, head = draft_matrices(draft.layer, draft.weights)
     *_, of_model = matrices(subject.config, subject.weights)
-    return layer if head.has_codes and head == of_model else [*layer, head]
+    return layer if head == of_model else [*layer, head]
 
 
 def _draft_attention_bytes(subject: Subject, draft: DraftSubject, run: Run) -> int:
@@ -150,32 +147,25 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
     attention = attention_bytes(config, subject.kv, run)
     draft = subject.draft
     if draft is not None:
-        its_weights = cpu_matrix_bytes(_own_matrices(subject, draft))
-        weights = WeightBytes(
-            weights.packed, weights.mapped + its_weights.mapped, max(weights.loading, its_weights.loading)
-        )
+        weights += cpu_matrix_bytes(_own_matrices(subject, draft))
         attention += _draft_attention_bytes(subject, draft, run)
     working = [
         *cache_lines(subject, run),
         Line("activations", step, f"steps of {run.tokens} tokens"),
         Line("attention", attention, f"{run.threads} threads"),
         Line("logits", 2 * 4 * run.rows * config.vocab_size, f"{run.rows} rows, and a copy"),
-        Line("headroom", headroom(weights.packed) + headroom(step), "for what the formulas miss"),
+        Line("headroom", headroom(0) + headroom(step), "for what the formulas miss"),
     ]
     if subject.gives_hidden:
         waiting = 0 if draft is None else min(draft.reach, run.context)
         size = 4 * config.hidden_size * (run.tokens + waiting)
         working.append(Line("hidden states", size, f"{run.tokens} rows of a step, {waiting} that wait"))
-    lines = [
-        Line("weights", weights.packed, "a head of numbers, as float32, packed"),
-        Line("weights, mapped", weights.mapped, "embedding and projections, read from the bundle"),
+    return (
+        Line("weights, mapped", weights, "read from the bundle's file"),
         *working,
         *([] if draft is None else _draft_lines(draft)),
         Line("process", PROCESS_BYTES, "interpreter and libraries"),
-    ]
-    if (loading := weights.loading - total(working)) > 0:
-        lines.append(Line("loading", loading, "converts the largest matrix, before there is a cache"))
-    return tuple(lines)
+    )
 
 
 def headroom(size: int) -> int:

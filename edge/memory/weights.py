@@ -1,9 +1,9 @@
-"""Bytes of a model's weights: in their file, as ONNX Runtime packs them for the CPU, and in a TensorRT engine."""
+"""Bytes of a model's weights: in a bundle for the CPU, and in a TensorRT engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from edge.config import ModelConfig
@@ -32,7 +32,7 @@ class StoredWeights:
 
     @property
     def value_bytes(self) -> int:
-        """Of a weight that is a number: the checkpoint's own are as wide as its embedding's."""
+        """Of a weight that is no code: the checkpoint's own are as wide as its embedding's."""
         return 4 if self.kind == "exact" and self.embedding == "float32" else 2
 
     @property
@@ -51,7 +51,7 @@ class StoredWeights:
 class Matrix:
     """`count` matrices of the model that are multiplied with: stored as BITS says, a scale for every `group` inputs.
 
-    value_bytes: of a number where it is used as the file has it; 0 if it is packed as float32 when it is loaded.
+    value_bytes: of one that is no code, on the CPU.
     """
 
     rows: int
@@ -60,7 +60,7 @@ class Matrix:
     group: int
     symmetric: bool = True
     count: int = 1
-    value_bytes: int = 0
+    value_bytes: int = 4
 
     @property
     def has_codes(self) -> bool:
@@ -83,16 +83,6 @@ class Matrix:
         return -(-self.columns // self.block)
 
 
-@dataclass(frozen=True)
-class WeightBytes:
-    """packed: what the executor holds of them; mapped: what it reads from the bundle's file, which the system may drop
-    and read again; loading: more than `packed`, for a moment, while they are loaded."""
-
-    packed: int
-    mapped: int
-    loading: int
-
-
 def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
     """What a step multiplies with, the head last."""
     c = config
@@ -105,7 +95,9 @@ def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
     )
     for rows, columns in shapes:
         yield _projection(rows, columns, weights, c.num_hidden_layers)
-    yield Matrix(c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size)
+    yield Matrix(
+        c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size, value_bytes=weights.value_bytes
+    )
 
 
 def draft_matrices(layer: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
@@ -120,29 +112,21 @@ def _projection(rows: int, columns: int, weights: StoredWeights, count: int = 1)
     return Matrix(rows, columns, weights.kind, weights.group_size, symmetric, count, weights.value_bytes)
 
 
-def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> WeightBytes:
-    """What ONNX Runtime's CPU provider holds of a model. Rows of the embedding are read from the file."""
-    held = cpu_matrix_bytes(matrices(config, weights))
+def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> int:
+    """What ONNX Runtime's CPU provider reads of a model, all of it where the bundle's file has it."""
     table = config.vocab_size * config.hidden_size * TABLE_BYTES[weights.embedding]
-    return replace(held, mapped=held.mapped + table)
+    return table + cpu_matrix_bytes(matrices(config, weights))
 
 
-def cpu_matrix_bytes(multiplied: Iterable[Matrix]) -> WeightBytes:
-    """Projections are used where the file has them: codes with float32 scales and float16 offsets, or numbers. A head
-    of numbers becomes float32, folded once before it is packed.
-    """
-    packed = mapped = loading = 0
+def cpu_matrix_bytes(multiplied: Iterable[Matrix]) -> int:
+    """Codes with float32 scales and float16 offsets, or numbers; rows are padded to whole tiles."""
+    total = 0
     for m in multiplied:
-        rows = m.count * -(-m.rows // _TILE_ROWS) * _TILE_ROWS
+        width = m.columns * m.value_bytes
         if m.has_codes:
-            block = m.block * BITS[m.stored] // 8 + (4 if m.symmetric else 6)
-            mapped += rows * m.blocks * block
-        elif m.value_bytes:
-            mapped += rows * m.columns * m.value_bytes
-        else:
-            packed += m.count * 4 * m.values
-            loading = max(loading, 4 * m.values)
-    return WeightBytes(packed, mapped, loading)
+            width = m.blocks * (m.block * BITS[m.stored] // 8 + (4 if m.symmetric else 6))
+        total += m.count * -(-m.rows // _TILE_ROWS) * _TILE_ROWS * width
+    return total
 
 
 def device_weight_bytes(config: ModelConfig, weights: StoredWeights) -> int:
