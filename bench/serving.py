@@ -1,4 +1,4 @@
-"""What serving costs and gives: many streams beside one, the server beside `edge run`, the prefix cache, a restart, and a soak.
+"""What serving costs and gives: many streams, the server beside `edge run`, the prefix cache, a restart, and a soak.
 
     python -m bench.serving                              # MiniCPM4-0.5B shape, int4, 24 layers
     python -m bench.serving --layers 4 --soak 60         # quicker, and then 64 clients for a minute
@@ -6,9 +6,9 @@
 Streams: as many clients at once as `--streams`, each with a prompt of its own, beside one client alone; tokens a second
 are counted from the first token of all to the last of any. Overhead: a token's time of one client's reply, beside `edge
 run` with the same prompt, alternately, median of the runs; by the clock, and by the processor with one thread, which
-does not depend on what else the machine does. Soak: clients with prompts of mixed lengths, some of which hang up, and
-one that reads slowly; every whole reply is compared with the same request alone, and at the end pages and memory must
-be what they were.
+does not depend on what else the machine does. Restart: with the bundle out of memory, and again. Soak: clients with
+prompts of mixed lengths, some of which hang up, and one that reads slowly; every whole reply is compared with the same
+request alone, and at the end pages and memory must be what they were.
 """
 
 from __future__ import annotations

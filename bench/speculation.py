@@ -4,9 +4,9 @@
     python -m bench.speculation --weights exact --tokens 256 --rounds 5
 
 Three kinds of text: answers to held-out questions of a chat, to their end, copying (a passage that the prompt has begun
-to repeat) and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by round; a
-figure is the median of its rounds. Replies must be the same tokens whichever way they were decoded; those that are not
-are counted. Then what a step of several tokens costs, and the draft's step with the full head and with FR-Spec's.
+to repeat) and prose sampled at temperature 1 from the 40 likeliest tokens. The ways of decoding take turns, round by
+round; a figure is the median of its rounds. Replies must be the same tokens whichever way they were decoded; those that
+are not are counted. Then what a step of several tokens costs, and the draft's step with the full head and FR-Spec's.
 """
 
 from __future__ import annotations

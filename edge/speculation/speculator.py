@@ -32,16 +32,16 @@ class Drafter(Protocol):
         """The model has computed the tokens from `first` on; hidden [n, H] is its final norm's output."""
         ...
 
+    def ready(self, tokens: Sequence[int]) -> bool:
+        """Whether it can guess what follows the last of `tokens`; they only grow."""
+        ...
+
     def propose(self, tokens: Sequence[int], pages: Sequence[int], length: int, limits: Limits) -> TokenTree:
         """A tree below the last of `tokens`, for which it is ready.
 
         pages: the sequence's, with room for limits.rows more tokens, and for more where there is. length: as a step's
         switch_length.
         """
-        ...
-
-    def ready(self, tokens: Sequence[int]) -> bool:
-        """Whether it can guess what follows the last of `tokens`; they only grow."""
         ...
 
     def skip(self) -> None:
