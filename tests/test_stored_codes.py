@@ -340,16 +340,16 @@ def test_float16_weights(tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path / "out", "onnxruntime", kind="fp16")
     exact = open_bundle(export_bundle(checkpoint, tmp_path / "exact", ExportOptions(weights=WeightFormat("exact"))))
     half, single = ({t.name: t for t in onnx.load(b.file(GRAPH)).graph.initializer} for b in (bundle, exact))
-    for name in ("layers.0.qkv.weight", "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+    for name in ("layers.0.qkv.tiles", "layers.0.down.tiles", "logits.tiles", "model.embed_tokens.weight"):
         stored, truth = numpy_helper.to_array(half[name]), numpy_helper.to_array(single[name])
         np.testing.assert_array_equal(stored, truth.astype(np.float16))
         assert stored.dtype == np.float16
     ids = list(range(20))
     assert np.abs(logits(bundle, ids) - logits(exact, ids)).max() < 0.05
     assert bundle.manifest.weights["description"] == "fp16"
-    # The plan counts the float32 copy that ONNX Runtime multiplies with.
     values = sum(math.prod(shape) for _, shape in expected_shapes(MODEL) if len(shape) == 2)
-    assert make_plan(bundle, EngineOptions(context=64)).bytes("weights") == 4 * values
+    head = -MODEL.vocab_size % 16 * MODEL.hidden_size + MODEL.tie_word_embeddings * MODEL.vocab_size * MODEL.hidden_size
+    assert make_plan(bundle, EngineOptions(context=64)).bytes("weights, mapped") == 2 * (values + head)
 
     checkpoint.tensors["model.layers.0.mlp.down_proj.weight"].read(slice(None))[0, 0] = 1e5
     with pytest.raises(EdgeError, match=r"down_proj\.weight: the value 100000 exceeds float16's 65504; .*exact"):

@@ -21,7 +21,7 @@ from plugins import PAGE_TOKENS
 from plugins.infllmv2 import meaning as infllmv2
 from plugins.paged_attention import NO_TREE
 from plugins.paged_attention import meaning as paged
-from tests.operators import HOW, Feeds
+from tests.operators import HOW, KERNELS, Feeds
 from tests.test_infllmv2 import Sparse
 from tests.test_int8_cache import run
 from tests.test_paged_attention import Ragged
@@ -38,6 +38,7 @@ DENSE = Ragged((), ())
 SPARSE = Sparse((), (), local=1, selected=4)
 KINDS = {
     "dense": (DENSE, "float32"),
+    "dense bfloat16": (DENSE, "bfloat16"),
     "dense int8": (DENSE, "int8"),
     "sparse": (SPARSE, "float32"),
     "sparse nope": (Sparse((), (), local=1, selected=4, use_nope=True), "float32"),
@@ -59,7 +60,8 @@ class Cache:
         case, element = KINDS[kind]
         sparse = isinstance(case, Sparse)
         form = (PAGES, 3 if sparse and case.use_nope else 2, case.kv_heads, PAGE_TOKENS)
-        pools = {"kv_pool": np.full((*form, case.dim), 3 if element == "int8" else np.nan, element)}
+        dtype = ml_dtypes.bfloat16 if element == "bfloat16" else element
+        pools = {"kv_pool": np.full((*form, case.dim), 3 if element == "int8" else np.nan, dtype)}
         if element == "int8":
             pools["kv_scales"] = np.full(form, np.nan, np.float32)
         compressed = ml_dtypes.bfloat16 if element == "int8" else np.float32
@@ -206,8 +208,28 @@ def check_paths(how: str, kind: str, tree: Tree) -> None:
                 np.testing.assert_allclose(rows[1 + node], expected, rtol=0, atol=close, err_msg=f"{how}: {node}")
 
 
+@pytest.mark.parametrize("how", KERNELS)
+@pytest.mark.parametrize("kind", ["dense", "dense bfloat16", "dense int8"])
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(tree=trees(0, 256))
+def test_a_row_that_shares_its_trees_page_is_the_same_to_the_last_bit(how: str, kind: str, tree: Tree) -> None:
+    """As plain decoding has it, a token a step: what lies between a node's predecessors changes no sum."""
+    room = PAGE_TOKENS - tree.start % PAGE_TOKENS
+    tree = Tree(tree.root, tree.parents[:room], 0, tree.seed)
+    prompt, nodes, _ = tree.rows(kind)
+    before = Cache.new(how, kind)
+    if tree.root:
+        before.step(prompt[:-1], range(tree.root))
+    rows = speculate(before.copy(), tree, prompt, nodes)
+    for leaf in tree.leaves[-3:]:
+        alone = before.copy()
+        for place, node in enumerate([-1, *tree.path(leaf)], tree.root):
+            (expected,) = alone.step(prompt[-1:] if node < 0 else nodes[node : node + 1], [place])
+            np.testing.assert_array_equal(rows[1 + node], expected, err_msg=f"{how}: {node}")
+
+
 @pytest.mark.parametrize("how", EVERY)
-@pytest.mark.parametrize("kind", ["dense", "dense int8", "not yet sparse"])
+@pytest.mark.parametrize("kind", ["dense", "dense bfloat16", "dense int8", "not yet sparse"])
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(tree=trees(0, 256))
 def test_a_row_is_the_end_of_its_path(how: str, kind: str, tree: Tree) -> None:

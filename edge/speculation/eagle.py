@@ -75,7 +75,9 @@ class EagleDrafter:
         depth = min(limits.depth, 1 + room // self._top_k)
         place = _Place(np.asarray(pages, np.int32)[None], length)
         result = self._catch_up(tokens, place)
-        expansion = TreeExpansion(result.logits[0], self._top_k, size=limits.rows + 1)
+        # Nodes are computed as in plain decoding, to the last bit, where they share a page (plugins/paged_attention/tile.h).
+        size = 1 + min(limits.rows, PAGE_TOKENS - (root + 1) % PAGE_TOKENS)
+        expansion = TreeExpansion(result.logits[0], self._top_k, size=size)
         while expansion.depth < depth and (count := len((beam := expansion.beam).tokens)):
             slots = root + beam.first_slot + np.arange(count)
             tree = TreeRows(slots.astype(np.int32), np.array([root], np.int32), beam.masks)
@@ -83,7 +85,7 @@ class EagleDrafter:
             positions = np.full(count, root + expansion.depth - 1)
             result = self._draft.step(place.batch(ids, result.hidden[beam.parents], positions, range(count), tree))
             expansion.extend(result.logits)
-        return expansion.tree(tokens[root], limits.rows + 1, self._draft.vocab)
+        return expansion.tree(tokens[root], size, self._draft.vocab)
 
     def skip(self) -> None:
         """See Drafter: what the base computes waits."""

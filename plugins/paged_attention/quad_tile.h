@@ -98,15 +98,15 @@ inline void attend_few_rows(Tile<Quad>& tile, int64_t first, int64_t rows, int64
     for (int t = 0; t < kPage; t += kWidth)
       store(scores + t, to_float((load(high + t) << 7) + load(low + t)) * tile.q_scale[first + r] *
                             load(block.key_scales + t));
-    hide(scores, visible(first + r));
+    float closed_up[kPage];
+    const float* value_scales = hide_or_close_up(scores, block.value_scales, visible(first + r), closed_up);
     float &row_max = tile.row_max[first + r], &row_sum = tile.row_sum[first + r];
     move_to_maximum(scores, &tile.out[(first + r) * dim], dim, row_max, row_sum);
     UnsignedQuad* weights = &tile.weights[r * 2 * kPage / 4];
-    worth[r] = quantise_weights(scores, block.value_scales, row_max, weights, weights + kPage / 4, row_sum);
+    worth[r] = quantise_weights(scores, value_scales, row_max, weights, weights + kPage / 4, row_sum);
   }
   std::fill_n(sums, 2 * rows * dim, 0);
-  multiply(tile.weights.data(), kPage / 4, block.values, dim, sums, dim, 2 * rows, dim, (block.written + 3) / 4,
-           block.next_values);
+  multiply_values<2>(tile.weights.data(), block, sums, rows, dim, [&](int64_t r) { return visible(first + r); });
   for (int64_t r = 0; r < rows; ++r) {
     float* out = &tile.out[(first + r) * dim];
     const int32_t *high = sums + r * 2 * dim, *low = high + dim;

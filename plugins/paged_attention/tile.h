@@ -250,14 +250,82 @@ inline const float* load_scales(Slice<T> from, Slice<T> next, float* buffer, int
   }
 }
 
-// Takes the scores of tokens away whose bit is not set.
+// Takes the scores of tokens away that a row does not see, which come after all that it does.
 inline void hide(float* scores, uint64_t visible) {
-  constexpr float kNothing = -std::numeric_limits<float>::infinity();
-  if ((visible & (visible + 1)) == 0) {  // none but leading ones, as always without a tree
-    std::fill(scores + __builtin_popcountll(visible), scores + kPage, kNothing);
-  } else {
-    for (uint64_t hidden = ~visible; hidden != 0; hidden &= hidden - 1) scores[__builtin_ctzll(hidden)] = kNothing;
+  std::fill(scores + __builtin_popcountll(visible), scores + kPage, -std::numeric_limits<float>::infinity());
+}
+
+// Of a node of a tree the predecessors are not neighbours: other nodes lie between them. Its products are added up as
+// though they were, in the elements that its path will have once it is accepted, so that its numbers are those that the
+// token would have had without the tree.
+inline bool is_scattered(uint64_t visible) { return (visible & (visible + 1)) != 0; }
+
+// Those of the visible tokens side by side, and `rest` behind them.
+inline void close_up(float* of_tokens, uint64_t visible, float rest) {
+  int64_t count = 0;
+  for (; visible != 0; visible &= visible - 1) of_tokens[count++] = of_tokens[__builtin_ctzll(visible)];
+  std::fill(of_tokens + count, of_tokens + kPage, rest);
+}
+
+// One value of an element.
+template <class E>
+using ValueOf = std::conditional_t<std::is_same_v<E, Pair>, bfloat16, std::conditional_t<std::is_same_v<E, Quad>, int8_t, float>>;
+
+// out [rows, dim] += weights, closed up, times the values of the visible tokens.
+template <class A, class E, class C>
+__attribute__((noinline)) void multiply_scattered(const A* weights, int64_t stride, const E* values, uint64_t visible, C* out,
+                                                  int64_t rows, int64_t dim) {
+  constexpr int64_t per = kPerElement<E>;
+  const int64_t in_place = __builtin_ctzll(~visible) / per;  // elements before the first gap
+  E tail[kPage / per * kMaxHeadDim];
+  const auto* from = reinterpret_cast<const ValueOf<E>*>(values);
+  auto* to = reinterpret_cast<ValueOf<E>*>(tail);
+  int64_t count = 0;
+  const auto next = [&] { return to + count / per * dim * per + count % per; };
+  for (uint64_t left = visible >> in_place * per; left != 0; left &= left - 1, ++count) {
+    const int64_t slot = in_place * per + __builtin_ctzll(left);
+    const ValueOf<E>* value = from + slot / per * dim * per + slot % per;
+    ValueOf<E>* place = next();
+    for (int64_t c = 0; c < dim; ++c) place[c * per] = value[c * per];
   }
+  for (; count % per != 0; ++count) {
+    ValueOf<E>* place = next();
+    for (int64_t c = 0; c < dim; ++c) place[c * per] = {};
+  }
+  multiply(weights, stride, values, dim, out, dim, rows, dim, in_place);
+  multiply(weights + in_place, stride, tail, dim, out, dim, rows, dim, count / per);
+}
+
+// out [rows * kRowsEach, dim] += the rows' weights times a block's values.
+template <int kRowsEach, class A, class E, class C, class Visible>
+inline void multiply_values(const A* weights, LoadedBlock<E>& block, C* out, int64_t rows, int64_t dim, Visible visible) {
+  constexpr int64_t per = kPerElement<E>, stride = kPage / per;
+  for (int64_t row = 0, end; row < rows; row = end) {
+    const uint64_t sees = visible(row);
+    const bool scattered = is_scattered(sees);
+    for (end = row + 1; end < rows; ++end)
+      if (scattered ? visible(end) != sees : is_scattered(visible(end))) break;
+    const A* of_rows = weights + row * kRowsEach * stride;
+    C* to = out + row * kRowsEach * dim;
+    if (scattered)
+      multiply_scattered(of_rows, stride, block.values, sees, to, (end - row) * kRowsEach, dim);
+    else
+      multiply(of_rows, stride, block.values, dim, to, dim, (end - row) * kRowsEach, dim, divide_up(block.written, per),
+               block.next_values);
+  }
+}
+
+// A row's scores, and the scales of its values, of the visible tokens alone -> the scales, perhaps in `buffer`.
+inline const float* hide_or_close_up(float* scores, const float* value_scales, uint64_t visible, float* buffer) {
+  if (!is_scattered(visible)) {
+    hide(scores, visible);
+    return value_scales;
+  }
+  close_up(scores, visible, -std::numeric_limits<float>::infinity());
+  if (value_scales == nullptr) return nullptr;
+  std::copy_n(value_scales, kPage, buffer);
+  close_up(buffer, visible, 0.0f);
+  return buffer;
 }
 
 // Rows [first, last) of the tile against a block, of which row r sees the tokens whose bits `visible(r)` has.
@@ -275,12 +343,12 @@ inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim,
     float* row = scores + r * kPage;
     if (block.key_scales != nullptr)
       for (int t = 0; t < kPage; t += kWidth) store(row + t, load(row + t) * load(block.key_scales + t));
-    hide(row, visible(first + r));
-    softmax_row(row, block.value_scales, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
+    float closed_up[kPage];
+    const float* value_scales = hide_or_close_up(row, block.value_scales, visible(first + r), closed_up);
+    softmax_row(row, value_scales, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
                 tile.row_sum[first + r]);
   }
-  multiply(weights, kPage / per, block.values, dim, &tile.out[first * dim], dim, rows, dim,
-           (block.written + per - 1) / per, block.next_values);
+  multiply_values<1>(weights, block, &tile.out[first * dim], rows, dim, [&](int64_t r) { return visible(first + r); });
 }
 
 }  // namespace edge
