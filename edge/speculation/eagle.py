@@ -75,7 +75,7 @@ class EagleDrafter:
         depth = min(limits.depth, 1 + room // self._top_k)
         place = _Place(np.asarray(pages, np.int32)[None], length)
         result = self._catch_up(tokens, place)
-        # Nodes are computed as in plain decoding, to the last bit, where they share a page (plugins/paged_attention/tile.h).
+        # Nodes that share a page are computed as in plain decoding, to the last bit (plugins/paged_attention/tile.h).
         size = 1 + min(limits.rows, PAGE_TOKENS - (root + 1) % PAGE_TOKENS)
         expansion = TreeExpansion(result.logits[0], self._top_k, size=size)
         while expansion.depth < depth and (count := len((beam := expansion.beam).tokens)):

@@ -269,12 +269,13 @@ inline void close_up(float* of_tokens, uint64_t visible, float rest) {
 
 // One value of an element.
 template <class E>
-using ValueOf = std::conditional_t<std::is_same_v<E, Pair>, bfloat16, std::conditional_t<std::is_same_v<E, Quad>, int8_t, float>>;
+using ValueOf = std::conditional_t<std::is_same_v<E, Pair>, bfloat16,
+                                   std::conditional_t<std::is_same_v<E, Quad>, int8_t, float>>;
 
 // out [rows, dim] += weights, closed up, times the values of the visible tokens.
 template <class A, class E, class C>
-__attribute__((noinline)) void multiply_scattered(const A* weights, int64_t stride, const E* values, uint64_t visible, C* out,
-                                                  int64_t rows, int64_t dim) {
+__attribute__((noinline)) void multiply_scattered(const A* weights, int64_t stride, const E* values,
+                                                  uint64_t visible, C* out, int64_t rows, int64_t dim) {
   constexpr int64_t per = kPerElement<E>;
   const int64_t in_place = __builtin_ctzll(~visible) / per;  // elements before the first gap
   E tail[kPage / per * kMaxHeadDim];
@@ -298,7 +299,8 @@ __attribute__((noinline)) void multiply_scattered(const A* weights, int64_t stri
 
 // out [rows * kRowsEach, dim] += the rows' weights times a block's values.
 template <int kRowsEach, class A, class E, class C, class Visible>
-inline void multiply_values(const A* weights, LoadedBlock<E>& block, C* out, int64_t rows, int64_t dim, Visible visible) {
+inline void multiply_values(const A* weights, LoadedBlock<E>& block, C* out, int64_t rows, int64_t dim,
+                            Visible visible) {
   constexpr int64_t per = kPerElement<E>, stride = kPage / per;
   for (int64_t row = 0, end; row < rows; row = end) {
     const uint64_t sees = visible(row);
@@ -310,8 +312,8 @@ inline void multiply_values(const A* weights, LoadedBlock<E>& block, C* out, int
     if (scattered)
       multiply_scattered(of_rows, stride, block.values, sees, to, (end - row) * kRowsEach, dim);
     else
-      multiply(of_rows, stride, block.values, dim, to, dim, (end - row) * kRowsEach, dim, divide_up(block.written, per),
-               block.next_values);
+      multiply(of_rows, stride, block.values, dim, to, dim, (end - row) * kRowsEach, dim,
+               divide_up(block.written, per), block.next_values);
   }
 }
 
