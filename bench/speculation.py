@@ -116,15 +116,17 @@ def run(engine: Engine, task: Task, into: Measured) -> list[list[int]]:
     return replies
 
 
-def measure(bundle: Path, tokens: int, count: int, rounds: int, threads: int) -> dict[tuple[str, str], Measured]:
-    """Every task in every way, which take turns."""
+def measure(
+    bundle: Path, texts: Sequence[str], tokens: int, count: int, rounds: int, threads: int
+) -> dict[tuple[str, str], Measured]:
+    """Every task of `texts` in every way, which take turns."""
     engines = {
         way: open_engine(
             bundle, EngineOptions(context=2048, memory=4 << 30, threads=threads, prefix_cache=False, speculative=way)
         )
         for way in WAYS
     }
-    tasks = make_tasks(load_tokenizer(engines["off"]), tokens, count)
+    tasks = [task for task in make_tasks(load_tokenizer(engines["off"]), tokens, count) if task.name in texts]
     found = {(task.name, way): Measured() for task in tasks for way in WAYS}
     for way in WAYS:  # warm up, and let the pace learn what steps cost
         run(engines[way], tasks[0], Measured())
@@ -180,6 +182,7 @@ def step_seconds(engine: Engine) -> dict[int, float]:
 
 def main(
     weights: Annotated[str, typer.Option(help="Formats of the base, separated by commas.")] = "exact,w4a16",
+    texts: Annotated[str, typer.Option(help="Kinds of text, separated by commas.")] = "chat,copying,prose",
     tokens: Annotated[int, typer.Option(help="Tokens of a reply.", min=16)] = 192,
     count: Annotated[int, typer.Option(help="Prompts of each kind.", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds.", min=1)] = 3,
@@ -192,7 +195,7 @@ def main(
     ids = np.load(next(DRAFT.glob("freq_*.npy")))
     for kind in weights.split(","):
         bundle = export(folder, kind, ids)
-        print_table(console, kind, measure(bundle, tokens, count, rounds, threads), count * rounds)
+        print_table(console, kind, measure(bundle, texts.split(","), tokens, count, rounds, threads), count * rounds)
         costs = step_seconds(open_engine(bundle, EngineOptions(context=512, threads=threads)))
         relative = ", ".join(f"{rows}: {seconds / costs[1]:.2f}" for rows, seconds in costs.items())
         console.print(f"a step of one token: {1e3 * costs[1]:.1f} ms; of so many tokens, relative to it: {relative}")
