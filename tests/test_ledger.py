@@ -129,6 +129,8 @@ def test_what_a_region_has_beyond_its_line_is_the_headrooms() -> None:
         ("headroom", 10, -10),
         ("loading", None, None),
     ]
+    without_line = compare([Line("activations", 50), Line("headroom", 20)], {"weights": 7, "activations": 52})
+    assert [(row.name, row.measured) for row in without_line] == [("activations", 50), ("headroom", 9)]
 
 
 def test_pages_of_an_array_count_once_they_are_written() -> None:

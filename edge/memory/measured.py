@@ -11,7 +11,7 @@ import numpy as np
 
 from edge.memory.ledger import MEMORY, Line
 
-# What regions have more than their lines say is the headroom's.
+# What regions have more than their lines say is the headroom's; constants, on the CPU, have no line.
 _REGIONS = {"headroom": ("weights", "activations"), "draft headroom": ("draft weights", "draft activations")}
 _PAGE_PRESENT = np.uint64(1 << 63)  # Linux, Documentation/admin-guide/mm/pagemap.rst
 
@@ -42,10 +42,10 @@ def compare(lines: Iterable[Line], measured: Mapping[str, int]) -> tuple[Compare
     planned = {line.name: line for line in lines}
     measured = dict(measured)
     for headroom, regions in _REGIONS.items():
-        there = [name for name in regions if name in measured and name in planned]
+        there = {name: planned[name].bytes if name in planned else 0 for name in regions if name in measured}
         if headroom in planned and there:
-            measured[headroom] = sum(max(0, measured[name] - planned[name].bytes) for name in there)
-            measured |= {name: min(measured[name], planned[name].bytes) for name in there}
+            measured[headroom] = sum(max(0, measured[name] - size) for name, size in there.items())
+            measured |= {name: min(measured[name], size) for name, size in there.items()}
     return tuple(Compared(name, line.bytes, measured.get(name), line.where) for name, line in planned.items())
 
 
