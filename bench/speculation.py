@@ -44,6 +44,7 @@ from tests.text import english_text
 
 DRAFT = Path("tests/draft/model")
 WAYS = ("off", "lookup", "eagle")
+TEXTS = ("chat", "copying", "prose")
 PASSAGE = 1200  # characters that are to be copied
 STEPS = 60  # of a draft, timed
 ROWS = (1, 2, 3, 5, 8, 16)  # tokens of timed steps of the model
@@ -182,7 +183,7 @@ def step_seconds(engine: Engine) -> dict[int, float]:
 
 def main(
     weights: Annotated[str, typer.Option(help="Formats of the base, separated by commas.")] = "exact,w4a16",
-    texts: Annotated[str, typer.Option(help="Kinds of text, separated by commas.")] = "chat,copying,prose",
+    texts: Annotated[str, typer.Option(help="Kinds of text, separated by commas.")] = ",".join(TEXTS),
     tokens: Annotated[int, typer.Option(help="Tokens of a reply.", min=16)] = 192,
     count: Annotated[int, typer.Option(help="Prompts of each kind.", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds.", min=1)] = 3,
@@ -192,6 +193,10 @@ def main(
     """Measure and print."""
     console = Console(width=110, highlight=False)
     console.print(f"{describe_machine().cpu_model}, {threads} threads; SmolLM2-135M, draft {DRAFT}")
+    if unknown := set(texts.split(",")) - set(TEXTS):
+        raise typer.BadParameter(
+            f"unknown {', '.join(sorted(unknown))}; choose of {', '.join(TEXTS)}", param_hint="--texts"
+        )
     ids = np.load(next(DRAFT.glob("freq_*.npy")))
     for kind in weights.split(","):
         bundle = export(folder, kind, ids)

@@ -285,10 +285,10 @@ class _Lowering:
     ) -> onnx.NodeProto:
         """A matrix `of` (N, K). Scales and offsets are there once `codes`, chunks [rows, K], were all taken."""
         n, k = of
-        tiles, blocks = divide_up(n, block_pack.TILE_ROWS), divide_up(k, block)
+        tiles, blocks = divide_up(n, tile_pack.TILE_ROWS), divide_up(k, block)
         packed = (block_pack.pack_codes(rows, bits, block) for rows in whole_tiles(codes))
-        stored = [tiles, blocks, block // block_pack.vector_inputs(bits), block_pack.TILE_ROWS, 4]
-        by_tile = [tiles, blocks, block_pack.TILE_ROWS]
+        stored = [tiles, blocks, block // block_pack.vector_inputs(bits), tile_pack.TILE_ROWS, 4]
+        by_tile = [tiles, blocks, tile_pack.TILE_ROWS]
         inputs = [
             node.input[0],
             self._store(f"{node.name}.int{bits}", TensorProto.UINT8, stored, packed),
@@ -356,7 +356,7 @@ def _values(sources: list[LazyTensor], dtype: np.dtype) -> Iterator[np.ndarray]:
 
 
 def _by_tile(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    yield block_pack.pack_by_tile(np.concatenate(parts))
+    yield tile_pack.pack_tiles(np.concatenate(parts))
 
 
 def describe_weights(weights: WeightFormat, checkpoint: Checkpoint, model: onnx.ModelProto) -> str:

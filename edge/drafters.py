@@ -6,7 +6,7 @@ from functools import partial
 
 from edge.bundle import Bundle
 from edge.errors import UsageError
-from edge.memory.ledger import headroom
+from edge.memory.ledger import regions
 from edge.plan import EngineOptions, Plan
 from edge.speculation.acceptance import ChainAcceptance, TreeAcceptance
 from edge.speculation.adaptive import Pace
@@ -43,8 +43,7 @@ def make_speculation(bundle: Bundle, options: EngineOptions, plan: Plan) -> Spec
 
     section = bundle.manifest.draft
     assert section is not None
-    step = plan.bytes("draft activations")
-    reserved = Reserved(headroom(0), step + headroom(step), section.tree["top_k"])
+    reserved = Reserved(*regions(plan.bytes("draft activations")), section.tree["top_k"])
     draft = OnnxRuntimeDraft(bundle, plan.num_pages, options.threads, reserved)
     top_k = section.tree["top_k"]
     reach = section.model.window * PAGE_TOKENS or plan.max_context

@@ -18,7 +18,7 @@ from edge.generation import Generation, Loop, TokenEvent
 from edge.interrupts import deferred_interrupts
 from edge.kv_cache import KVCache
 from edge.memory.fit import make_plan
-from edge.memory.ledger import headroom
+from edge.memory.ledger import regions
 from edge.memory.measured import Compared, compare
 from edge.plan import ALWAYS_DENSE, EngineOptions, Plan
 from edge.reuse import Modes, common_prefix, record
@@ -262,8 +262,7 @@ def open_engine(path: Path, options: EngineOptions) -> Engine:
         from edge.offload import Offload
 
         plan = make_plan(bundle, options)
-        step = plan.bytes("activations")
-        reserved = Reserved(headroom(0), step + headroom(step), plan.run.rows)
+        reserved = Reserved(*regions(plan.bytes("activations")), plan.run.rows)
         offload = None
         if options.offload is not None and plan.resident_pages is not None:
             offload = Offload(options.offload, plan.resident_pages)

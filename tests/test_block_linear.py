@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.block_linear.meaning import round_rows, weights
-from plugins.block_linear.pack import BLOCKS, pack_by_tile, pack_codes, unpack_by_tile, unpack_codes, vector_inputs
+from plugins.block_linear.pack import BLOCKS, pack_codes, unpack_codes, vector_inputs
 from plugins.linear.meaning import ZEROS
+from plugins.tile_linear.pack import pack_tiles, unpack_tiles
 from tests.operators import HOW, KERNELS, one_node, session
 
 INPUTS = (("x", "float32", 2), ("codes", "uint8", 5), ("scales", "float32", 3))
@@ -37,9 +38,9 @@ class Sample:
         feeds = {
             "x": self.x,
             "codes": pack_codes(self.codes, self.bits, self.block),
-            "scales": pack_by_tile(self.scales),
+            "scales": pack_tiles(self.scales),
         }
-        return feeds if self.offsets is None else feeds | {"offsets": pack_by_tile(self.offsets)}
+        return feeds if self.offsets is None else feeds | {"offsets": pack_tiles(self.offsets)}
 
     def run(self, how: str) -> np.ndarray:
         has_offsets = self.offsets is not None
@@ -83,7 +84,7 @@ def test_packing_loses_nothing(n: int, k: int, bits: int, block: int, seed: int)
     packed = pack_codes(one.codes, bits, block)
     assert packed.shape == (-(-n // 16), -(-k // block), block // vector_inputs(bits), 16, 4)
     assert np.array_equal(unpack_codes(packed, bits, n, k), one.codes)
-    assert np.array_equal(unpack_by_tile(pack_by_tile(one.scales), n), one.scales)
+    assert np.array_equal(unpack_tiles(pack_tiles(one.scales), n), one.scales)
     # All that is not a code of the matrix means 0.
     whole = unpack_codes(packed, bits, 16 * len(packed), packed.shape[1] * block)
     assert (whole[n:] == ZEROS[bits]).all() and (whole[:, k:] == ZEROS[bits]).all()

@@ -25,7 +25,8 @@ from build_engine.safetensors_file import read_safetensors
 from edge.bundle import GRAPH, open_bundle
 from edge.config import ModelConfig
 from edge.errors import EdgeError
-from plugins.block_linear.pack import unpack_by_tile, unpack_codes
+from plugins.block_linear.pack import unpack_codes
+from plugins.tile_linear.pack import unpack_tiles
 from tests import reference
 from tests.command import edge
 from tests.gptq_samples import (
@@ -434,7 +435,7 @@ def test_int4_codes_reach_the_bundle_as_they_are(tmp_path: Path) -> None:
         expected = np.concatenate([layers[module].codes for module in modules])
         assert np.array_equal(unpack_codes(stored[packed], 4, *expected.shape), expected)
         expected_scales = np.concatenate([layers[module].scales for module in modules])
-        assert np.array_equal(unpack_by_tile(stored[scales], len(expected)), expected_scales.astype(np.float32))
+        assert np.array_equal(unpack_tiles(stored[scales], len(expected)), expected_scales.astype(np.float32))
         taken_over |= set(modules)
     assert taken_over == set(layers)
 

@@ -34,6 +34,7 @@ from edge.selftest.vectors import kernels_of, vectors_for
 from plugins.block_linear import pack as block_pack
 from plugins.block_linear.meaning import weights as block_weights
 from plugins.linear.pack import unpack_codes, unpack_scales
+from plugins.tile_linear.pack import unpack_tiles
 from tests.command import edge
 from tests.device_engine import open_on_device
 from tests.emulated import emulated_gpu
@@ -103,7 +104,7 @@ def stored_weights(folder: Path, node: str) -> np.ndarray:
     if operator.op_type == "BlockLinear":
         n, k, bits = a["n"], a["k"], a["bits"]
         codes = block_pack.unpack_codes(numpy_helper.to_array(arrays[f"{name}.int{bits}"]), bits, n, k)
-        return block_weights(codes, block_pack.unpack_by_tile(scales, n), bits, a["block"])
+        return block_weights(codes, unpack_tiles(scales, n), bits, a["block"])
     codes = unpack_codes(numpy_helper.to_array(arrays[f"{name}.int{a['bits']}"]), a["bits"], a["n"])
     scales = unpack_scales(numpy_helper.to_array(arrays[f"{name}.scales"]), a["n"]).astype(np.float64)
     scales = scales.reshape(a["n"], -1)

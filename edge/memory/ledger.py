@@ -23,7 +23,7 @@ from plugins import PAGE_TOKENS
 
 # The interpreter with numpy, ONNX Runtime and a tokenizer, and its session's own structures; stated, not allocated.
 PROCESS_BYTES = 160 << 20
-# For what the formulas miss: in percent of activations, the alignment of small tensors, and constants.
+# Each region's, for what the formulas miss: alignment of small tensors, constants; and in percent of activations.
 HEADROOM_PERCENT, HEADROOM_BYTES = 5, 1 << 20
 MEMORY, DISK, HOST = "memory", "disk", "host"
 
@@ -120,7 +120,7 @@ def _draft_lines(draft: DraftSubject) -> list[Line]:
     return [
         Line("draft activations", step, f"steps of {DRAFT_TOKENS} tokens"),
         Line("draft logits", results, f"{draft.rows} rows with their hidden states, and a copy"),
-        Line("draft headroom", headroom(0) + headroom(step), "for what the formulas miss"),
+        Line("draft headroom", sum(regions(step)) - step, "for what the formulas miss"),
     ]
 
 
@@ -149,25 +149,23 @@ def cpu_ledger(subject: Subject, run: Run) -> tuple[Line, ...]:
     if draft is not None:
         weights += cpu_matrix_bytes(_own_matrices(subject, draft))
         attention += _draft_attention_bytes(subject, draft, run)
-    working = [
+    lines = [
+        Line("weights, mapped", weights, "read from the bundle's file"),
         *cache_lines(subject, run),
         Line("activations", step, f"steps of {run.tokens} tokens"),
         Line("attention", attention, f"{run.threads} threads"),
         Line("logits", 2 * 4 * run.rows * config.vocab_size, f"{run.rows} rows, and a copy"),
-        Line("headroom", headroom(0) + headroom(step), "for what the formulas miss"),
+        Line("headroom", sum(regions(step)) - step, "for what the formulas miss"),
     ]
     if subject.gives_hidden:
         waiting = 0 if draft is None else min(draft.reach, run.context)
         size = 4 * config.hidden_size * (run.tokens + waiting)
-        working.append(Line("hidden states", size, f"{run.tokens} rows of a step, {waiting} that wait"))
-    return (
-        Line("weights, mapped", weights, "read from the bundle's file"),
-        *working,
-        *([] if draft is None else _draft_lines(draft)),
-        Line("process", PROCESS_BYTES, "interpreter and libraries"),
-    )
+        lines.append(Line("hidden states", size, f"{run.tokens} rows of a step, {waiting} that wait"))
+    if draft is not None:
+        lines += _draft_lines(draft)
+    return (*lines, Line("process", PROCESS_BYTES, "interpreter and libraries"))
 
 
-def headroom(size: int) -> int:
-    """Bytes that a region has more than its line in the ledger."""
-    return size * HEADROOM_PERCENT // 100 + HEADROOM_BYTES
+def regions(step: int) -> tuple[int, int]:
+    """Bytes that a session may take for constants, and for the tensors of a step, which are planned to be `step`."""
+    return HEADROOM_BYTES, step + step * HEADROOM_PERCENT // 100 + HEADROOM_BYTES

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge.config import ModelConfig
+from plugins.tile_linear.pack import TILE_ROWS
 
 TABLE_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # of a value of the embedding
 BITS = {"exact": 16, "fp16": 16, "w4a16": 4, "ternary": 2, "int8": 8, "int4": 4}
 _ROW_BLOCK = 128  # inputs that share a scale in a CPU's operator if the format has one for a whole row
-_TILE_ROWS = 16  # of a CPU's operators, to which rows are padded (plugins/block_linear, plugins/tile_linear)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Matrix:
     columns: int
     stored: str
     group: int
+    value_bytes: int
     symmetric: bool = True
     count: int = 1
-    value_bytes: int = 4
 
     @property
     def has_codes(self) -> bool:
@@ -95,9 +95,7 @@ def matrices(config: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
     )
     for rows, columns in shapes:
         yield _projection(rows, columns, weights, c.num_hidden_layers)
-    yield Matrix(
-        c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size, value_bytes=weights.value_bytes
-    )
+    yield Matrix(c.vocab_size, c.hidden_size, weights.stored_head, weights.head_group_size, weights.value_bytes)
 
 
 def draft_matrices(layer: ModelConfig, weights: StoredWeights) -> Iterator[Matrix]:
@@ -109,7 +107,7 @@ def draft_matrices(layer: ModelConfig, weights: StoredWeights) -> Iterator[Matri
 
 def _projection(rows: int, columns: int, weights: StoredWeights, count: int = 1) -> Matrix:
     symmetric = not weights.is_asymmetric
-    return Matrix(rows, columns, weights.kind, weights.group_size, symmetric, count, weights.value_bytes)
+    return Matrix(rows, columns, weights.kind, weights.group_size, weights.value_bytes, symmetric, count)
 
 
 def cpu_weight_bytes(config: ModelConfig, weights: StoredWeights) -> int:
@@ -125,7 +123,7 @@ def cpu_matrix_bytes(multiplied: Iterable[Matrix]) -> int:
         width = m.columns * m.value_bytes
         if m.has_codes:
             width = m.blocks * (m.block * BITS[m.stored] // 8 + (4 if m.symmetric else 6))
-        total += m.count * -(-m.rows // _TILE_ROWS) * _TILE_ROWS * width
+        total += m.count * -(-m.rows // TILE_ROWS) * TILE_ROWS * width
     return total
 
 

@@ -1,12 +1,12 @@
-"""Codes, scales and offsets in the order of plugins/block_linear, and back; nothing is lost either way."""
+"""Codes in the order of plugins/block_linear, and back; what a block has lies as plugins/tile_linear packs it."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from plugins.linear.meaning import ZEROS
+from plugins.tile_linear.pack import TILE_ROWS
 
-TILE_ROWS = 16
 BLOCKS = (32, 64, 128)  # inputs that share a scale
 
 
@@ -34,14 +34,3 @@ def unpack_codes(packed: np.ndarray, bits: int, n: int, k: int) -> np.ndarray:
     ordered = packed[..., None] >> shifts & np.uint8((1 << bits) - 1)
     rows = ordered.transpose(0, 3, 1, 2, 5, 4).reshape(len(packed) * TILE_ROWS, -1)
     return np.ascontiguousarray(rows[:n, :k])
-
-
-def pack_by_tile(values: np.ndarray) -> np.ndarray:
-    """Scales or offsets [N, blocks] -> [ceil(N / 16), blocks, 16]."""
-    padded = np.pad(values, ((0, -len(values) % TILE_ROWS), (0, 0)))
-    return np.ascontiguousarray(padded.reshape(-1, TILE_ROWS, values.shape[1]).transpose(0, 2, 1))
-
-
-def unpack_by_tile(packed: np.ndarray, n: int) -> np.ndarray:
-    """The inverse of pack_by_tile: [n, blocks]."""
-    return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:n]

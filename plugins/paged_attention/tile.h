@@ -347,8 +347,8 @@ inline void attend_rows(Tile<E>& tile, int64_t first, int64_t last, int64_t dim,
       for (int t = 0; t < kPage; t += kWidth) store(row + t, load(row + t) * load(block.key_scales + t));
     float closed_up[kPage];
     const float* value_scales = hide_or_close_up(row, block.value_scales, visible(first + r), closed_up);
-    softmax_row(row, value_scales, weights + r * kPage / per, &tile.out[(first + r) * dim], dim, tile.row_max[first + r],
-                tile.row_sum[first + r]);
+    softmax_row(row, value_scales, weights + r * kPage / per, &tile.out[(first + r) * dim], dim,
+                tile.row_max[first + r], tile.row_sum[first + r]);
   }
   multiply_values<1>(weights, block, &tile.out[first * dim], rows, dim, [&](int64_t r) { return visible(first + r); });
 }

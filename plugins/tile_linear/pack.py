@@ -1,4 +1,4 @@
-"""Weights in the order of plugins/tile_linear, and back."""
+"""Rows in tiles of 16, as the kernels of plugins/tile_linear and plugins/block_linear read them, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ TILE_ROWS = 16
 
 
 def pack_tiles(rows: np.ndarray) -> np.ndarray:
-    """Weights [N, K] of any type -> [ceil(N / 16), K, 16]."""
+    """[N, K] of any type -> [ceil(N / 16), K, 16]; rows that fill the last tile are 0."""
     padded = np.pad(rows, ((0, -len(rows) % TILE_ROWS), (0, 0)))
     return np.ascontiguousarray(padded.reshape(-1, TILE_ROWS, rows.shape[1]).transpose(0, 2, 1))
 
