@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from edge.speculation.draft import DraftBatch, DraftResult
 from edge.speculation.eagle import CHUNK, EagleDrafter
@@ -107,3 +108,12 @@ def test_levels_are_as_many_as_pages_have_room_for() -> None:
     drafter.follow(0, hidden_of(0, 60))
     drafter.propose(tokens, [0], 61, Limits(rows=9, depth=4))  # 4 slots are left on the page: one level
     assert len(draft.batches) == 2
+
+
+@pytest.mark.parametrize(("root", "nodes"), [(59, 5), (61, 3), (62, 2), (63, 10)])
+def test_a_tree_keeps_to_the_page_of_its_first_node(root: int, nodes: int) -> None:
+    """There its nodes are computed as in plain decoding, to the last bit."""
+    draft, tokens = Recorder(), [*range(100, 101 + root)]
+    drafter = EagleDrafter(draft, TOP_K, reach=100)
+    drafter.follow(0, hidden_of(0, root))
+    assert len(drafter.propose(tokens, [0, 1], root + 1, Limits(rows=9, depth=3))) == nodes
