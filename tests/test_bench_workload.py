@@ -139,6 +139,13 @@ def test_cases_that_do_not_fit_are_named_and_the_others_run() -> None:
     ]
 
 
+def test_what_fits_exactly_runs() -> None:
+    cases = [BenchCase(tokens - 64, 64) for tokens in (2048, 2049)]
+    _, fitting, skipped = open_fitting(cases, opener(2048, calls=[]))
+    assert fitting == (cases[0],) and [s.case for s in skipped] == [cases[1]]
+    assert skipped[0].reason == "does not fit: needs 2,049 MiB of memory, has 2,048 MiB"
+
+
 def test_batches_need_pages_and_places() -> None:
     cases = [BenchCase(960, 64, batch) for batch in (1, 2, 4, 8)]
     _, fitting, skipped = open_fitting(cases, opener(3000, calls=[]))
