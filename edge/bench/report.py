@@ -31,12 +31,20 @@ UNSTEADY_SPREAD = 0.10
 
 @dataclass(frozen=True)
 class PeerRow:
-    """Another engine's speed on the same machine and context; None where it was not measured."""
+    """Another engine's speed at a context; None where it was not measured.
+
+    `prompt_tokens`: of the prompt, and in the cache when decoding begins. Speeds are of all `batch` sequences together.
+    `machine` and `source` (the tool, its version, the file) are "" if unknown; `note` says what a figure leaves out.
+    """
 
     name: str
     prompt_tokens: int
     prefill_tok_s: float | None
     decode_tok_s: float | None
+    batch: int = 1
+    machine: str = ""
+    source: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

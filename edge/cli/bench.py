@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edge.cli import options as opt
+from edge.cli.compare import Peers, load_peers
 from edge.cli.console import note, out, print_json, progress_bar
 from edge.errors import UsageError
 
@@ -34,6 +35,7 @@ def bench(
     sparse: opt.Sparse = None,
     offload: opt.Offload = None,
     speculative: opt.Speculative = None,
+    peer: Peers = None,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
@@ -46,8 +48,14 @@ def bench(
 
       edge bench bundle --contexts 512,8192 --html report.html
 
+      edge bench bundle --peer llama-bench.json
+
       edge bench --static --json
+
+    `edge bench compare` sets reports beside each other. A folder named compare is ./compare here.
     """
+    if invocation.invoked_subcommand is not None:
+        return
     if static:
         _report_static(invocation, json)
         return
@@ -64,10 +72,11 @@ def bench(
     wanted = [(path, render) for path, render in reports if path is not None]
     for path, _ in wanted:
         opt.check_output(path)
+    peers = load_peers(peer)
     context = context or max(case.prompt_tokens for case in cases) + new_tokens
     engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, speculative, **_COLD)
     with progress_bar("measuring", quiet=json) as progress:
-        report = run_bench(engine, cases, repeat=repeat, progress=progress)
+        report = run_bench(engine, cases, repeat=repeat, peers=peers, progress=progress)
     for path, render in wanted:
         write_text(path, render(report))
         note(f"report written to {path}")
