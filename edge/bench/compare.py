@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from edge.bench.compare_statistics import LEVEL, holm, welch_ratio
-from edge.bench.measure import BenchCase, CaseResult, Summary
-from edge.bench.report import PeerRow, Report, load_report, notes
+from edge.bench.measure import BenchCase, CaseResult
+from edge.bench.report import PeerRow, Report, Summary, load_report, notes, to_dict
 from edge.errors import EdgeError, UsageError
 
 FASTER, SLOWER, NOT_SHOWN, NO_CLAIM = "faster", "slower", "no difference shown", "no claim"
@@ -29,6 +31,11 @@ class Side:
     def first(self) -> Report:
         """The report whose facts stand for all of them."""
         return self.reports[0]
+
+    @cached_property
+    def values(self) -> list[dict[str, Any]]:
+        """The reports as JSON values."""
+        return [to_dict(report) for report in self.reports]
 
     def results(self, case: BenchCase) -> list[CaseResult]:
         """A case in each report; empty if one of them lacks it."""
@@ -147,8 +154,13 @@ def slower_rows(comparison: Comparison, percent: float) -> list[Row]:
 
 
 def warnings(comparison: Comparison) -> list[str]:
-    """What stands in the way of the comparison, worst first: other prompts, missing cases, single samples, notes."""
-    found = []
+    """What stands in the way, worst first: failed gates, other prompts, missing cases, single samples, notes."""
+    found = [
+        f"{side.name} failed its quality gate ({name}: {detail}): its speeds are of no use."
+        for side in comparison.sides
+        for name, outcome, detail in gate_checks(side)
+        if outcome == "failed"
+    ]
     for side in comparison.candidates:
         found += _other_prompts(comparison.baseline, side)
     for side in comparison.candidates:
@@ -162,6 +174,12 @@ def warnings(comparison: Comparison) -> list[str]:
         for sentence in dict.fromkeys(note for report in side.reports for note in notes(report)):
             said.setdefault(sentence, []).append(side.name)
     return found + [f"{', '.join(names)}: {sentence}" for sentence, names in said.items()]
+
+
+def gate_checks(side: Side) -> list[tuple[str, str, str]]:
+    """Name, outcome and detail of each check of the quality gate, in all reports of a side; none in older ones."""
+    checks = [check for values in side.values for check in (values.get("gate") or {}).get("checks", ())]
+    return list(dict.fromkeys((check["name"], check["outcome"], check["detail"]) for check in checks))
 
 
 def _other_prompts(baseline: Side, side: Side) -> list[str]:

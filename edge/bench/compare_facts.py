@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge.bench.compare import Comparison, Side
+from edge.bench.compare import Comparison, Side, gate_checks
 from edge.bench.measure import BenchCase
-from edge.bench.report import to_dict
 from edge.bench.tables import NONE, format_bytes, format_number
 
 # What is measured, or said elsewhere in the comparison.
-_NOT_FACTS = {"cases", "ledger", "notes", "other_cpu", "peers", "timestamp", "telemetry", "gate"}
+_NOT_FACTS = {"cases", "ledger", "notes", "other_cpu", "peers", "timestamp", "gate", "roofline", "skipped"}
+_IN_ROWS = {"ttft_s", "prefill_tok_s", "decode_tok_s", "interval_s"}
+# Of a case's telemetry, what is a workload's length or a sample.
+_NOT_FIGURES = {"prompt_tokens", "decode_tokens", "runs", "trace"}
 _HASH = 12  # digits of a hash that are shown
 
 
@@ -63,8 +65,8 @@ def differences(comparison: Comparison) -> list[Difference]:
 def _facts(side: Side) -> dict[str, str]:
     """Names like "machine: packages numpy"; runs of one side that differ have all their values."""
     merged: dict[str, list[str]] = {}
-    for report in side.reports:
-        for name, value in _flat(to_dict(report)):
+    for values in side.values:
+        for name, value in _flat(values):
             merged.setdefault(name, []).append(value)
     return {name: " / ".join(dict.fromkeys(values)) for name, values in merged.items()}
 
@@ -100,26 +102,35 @@ def _case_figures(sides: Sequence[Side], case: BenchCase) -> list[Figure]:
     found = [Figure("peak memory", "bytes", peaks)]
     slowest = [r[0].interval_percentiles_s if r else None for r in results]
     if any(slowest):
-        found.append(Figure("p99 between tokens", "ms", tuple(s and 1000 * s[99] for s in slowest)))
-    telemetry = [dict(_numbers(_case_values(side, case).get("telemetry") or {})) for side in sides]
-    for name in dict.fromkeys(name for side in telemetry for name in side):
-        found.append(Figure(name, "", tuple(side.get(name) for side in telemetry)))
+        found.append(Figure("p99 between tokens", "ms", tuple(1000 * s[99] if s else None for s in slowest)))
+    others = [_other_figures(_case_values(side, case)) for side in sides]
+    for name in dict.fromkeys(name for side in others for name in side):
+        found.append(Figure(name, "", tuple(side.get(name) for side in others)))
     return found
+
+
+def _other_figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """Whatever else a report derives from a case, and its telemetry: power, energy, clocks, temperature."""
+    summary = {key: value for key, value in values.get("summary", {}).items() if key not in _IN_ROWS}
+    telemetry = {key: v for key, v in (values.get("telemetry") or {}).items() if key not in _NOT_FIGURES}
+    return dict(_numbers(summary)) | dict(_numbers(telemetry))
 
 
 def _case_values(side: Side, case: BenchCase) -> dict[str, Any]:
     """The case of the side's first report as JSON values."""
-    for result, values in zip(side.first.cases, to_dict(side.first)["cases"], strict=True):
+    for result, values in zip(side.first.cases, side.values[0]["cases"], strict=True):
         if result.case == case:
             return values
     return {}
 
 
 def _numbers(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
-    """The single numbers of nested objects under their place; lists are samples."""
+    """The numbers of nested objects under their place; of what has a median that; lists are samples."""
     for key, value in values.items():
         name = f"{place} {key.replace('_', ' ')}".strip()
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "median" in value:
+            yield from _numbers({key: value["median"]}, place)
+        elif isinstance(value, Mapping):
             yield from _numbers(value, name)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield name, float(value)
@@ -132,16 +143,12 @@ def ledger_figures(comparison: Comparison) -> list[Figure]:
     for name in dict.fromkeys(name for side in sides for name in side):
         rows = [side.get(name) for side in sides]
         measured = all(row is None or row.measured is not None for row in rows)
-        values = tuple(row and (row.measured if measured else row.planned) for row in rows)
+        values = tuple((row.measured if measured else row.planned) if row else None for row in rows)
         found.append(Figure(name if measured else f"{name} (planned)", "bytes", values))
     return found
 
 
 def gates(comparison: Comparison) -> list[str]:
-    """Each side's quality gate as one sentence, if a report has one."""
-    said = []
-    for side in comparison.sides:
-        gate = to_dict(side.first).get("gate")
-        if gate:
-            said.append(f"{side.name}: " + ", ".join(f"{name} {value}" for name, value in _flat(gate)))
-    return said
+    """Each side's quality gate as one line: what every check found; none for reports without a gate."""
+    said = {side.name: [f"{name} {outcome}" for name, outcome, _ in gate_checks(side)] for side in comparison.sides}
+    return [f"{side}: {', '.join(checks)}." for side, checks in said.items() if checks]

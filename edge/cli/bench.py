@@ -9,7 +9,8 @@ import typer
 
 from edge.cli import options as opt
 from edge.cli.compare import Peers, load_peers
-from edge.cli.console import note, out, print_json, progress_bar
+from edge.cli.console import out, print_json, progress_bar
+from edge.cli.report_files import wanted_forms, write_forms
 from edge.errors import UsageError
 
 _COLD = {"prefix_cache": False}  # every prompt is to be timed as if it were the first
@@ -46,9 +47,7 @@ def bench(
 
       edge bench bundle
 
-      edge bench bundle --contexts 512,8192 --html report.html
-
-      edge bench bundle --peer llama-bench.json
+      edge bench bundle --contexts 512,8192 --peer llama-bench.json --html report.html
 
       edge bench --static --json
 
@@ -63,23 +62,18 @@ def bench(
         raise UsageError("no bundle to measure; give the folder that `edge export` wrote, or --static")
     from edge.bench.html import render_html
     from edge.bench.measure import BenchCase
-    from edge.bench.report import run_bench, to_json, write_text
+    from edge.bench.report import run_bench, to_json
     from edge.bench.tables import markdown as as_markdown
     from edge.bench.tables import terminal
 
     cases = [BenchCase(length, new_tokens) for length in _lengths(contexts)]
-    reports = [(html, render_html), (markdown, as_markdown), (output, to_json)]
-    wanted = [(path, render) for path, render in reports if path is not None]
-    for path, _ in wanted:
-        opt.check_output(path)
+    wanted = wanted_forms((html, render_html), (markdown, as_markdown), (output, to_json))
     peers = load_peers(peer)
     context = context or max(case.prompt_tokens for case in cases) + new_tokens
     engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, speculative, **_COLD)
     with progress_bar("measuring", quiet=json) as progress:
         report = run_bench(engine, cases, repeat=repeat, peers=peers, progress=progress)
-    for path, render in wanted:
-        write_text(path, render(report))
-        note(f"report written to {path}")
+    write_forms(wanted, report)
     print(to_json(report)) if json else out.print(terminal(report))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from edge.cli import options as opt
 from edge.cli.console import note, out
+from edge.cli.report_files import wanted_forms, write_forms
 from edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -64,17 +65,11 @@ def compare(
     from edge.bench.compare_page import render_html
     from edge.bench.compare_text import failure, terminal, to_json
     from edge.bench.compare_text import markdown as as_markdown
-    from edge.bench.report import write_text
 
-    forms = [(html, render_html), (markdown, as_markdown), (output, to_json)]
-    wanted = [(path, render) for path, render in forms if path is not None]
-    for path, _ in wanted:
-        opt.check_output(path)
+    wanted = wanted_forms((html, render_html), (markdown, as_markdown), (output, to_json))
     comparison = compare_sides(load_sides(reports), load_peers(peer))
     slower = [] if fail_if_slower is None else slower_rows(comparison, fail_if_slower)
-    for path, render in wanted:
-        write_text(path, render(comparison))
-        note(f"comparison written to {path}")
+    write_forms(wanted, comparison, "comparison")
     print(to_json(comparison), end="") if json else out.print(terminal(comparison))
     if slower and fail_if_slower is not None:
         raise EdgeError(failure(slower, fail_if_slower))

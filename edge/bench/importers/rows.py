@@ -55,9 +55,12 @@ def merge(rows: Iterable[PeerRow]) -> tuple[PeerRow, ...]:
     for row in sorted(rows, key=lambda r: (r.name, r.batch, r.prompt_tokens)):
         last = merged[-1] if merged else None
         if last and _completes(last, row):
-            both = {"prefill_tok_s": last.prefill_tok_s or row.prefill_tok_s}
-            both |= {"decode_tok_s": last.decode_tok_s or row.decode_tok_s}
-            merged[-1] = replace(last, **both, note=_joined((last.note, row.note)))
+            merged[-1] = replace(
+                last,
+                prefill_tok_s=last.prefill_tok_s or row.prefill_tok_s,
+                decode_tok_s=last.decode_tok_s or row.decode_tok_s,
+                note=_joined((last.note, row.note)),
+            )
         else:
             merged.append(row)
     return tuple(merged)
