@@ -77,7 +77,7 @@ def render_html(comparison: Comparison) -> str:
         figures=[_speed_figure(comparison, phase) for phase in PHASES if _rows(comparison, phase)],
         reading=READING,
         schema_version=SCHEMA_VERSION,
-        pixels={"left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP, "bottom": BOTTOM},
+        pixels={"left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP, "bottom": BOTTOM, "row": LEGEND_ROW},
     )
 
 
