@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -14,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edge.bench.compare import PHASES, Comparison, Row, Side, batch_of, case_label, warnings
+from edge.bench.compare import PHASES, Comparison, Row, Side, batch_of, case_label, samples, warnings
 from edge.bench.compare_facts import Figure, differences, figures, gates, ledger_figures
-from edge.bench.report import PeerRow, compare_peers
+from edge.bench.report import PeerRow
 from edge.bench.tables import NONE, format_number, format_ratio, machine_line, model_line
 
 SCHEMA_VERSION = 1
@@ -105,18 +106,25 @@ def format_interval(row: Row) -> str:
 
 
 def _peer_section(comparison: Comparison, phase: str) -> Section:
-    """Each peer's speed in one phase, and every side's median over it (contexts that a side has measured)."""
-    field = f"{phase}_tok_s"
-    peers = [peer for peer in comparison.peers if getattr(peer, field) is not None]
-    sides = [compare_peers(replace(side.first, peers=tuple(peers))) for side in comparison.sides]
+    """Each peer's speed in one phase, and every side's median over it, where it measured that context and batch."""
     rows = []
-    for same in zip(*sides, strict=True):
-        peer = same[0].peer
-        ratios = [format_ratio(getattr(found, f"{phase}_ratio")) for found in same]
-        rows.append((peer_name(peer), f"{peer.prompt_tokens:,}", format_number(getattr(peer, field)), *ratios))
+    peers = [peer for peer in comparison.peers if getattr(peer, f"{phase}_tok_s") is not None]
+    for peer in sorted(peers, key=lambda row: (row.batch, row.prompt_tokens, row.name)):
+        theirs = getattr(peer, f"{phase}_tok_s")
+        ours = [_side_speed(side, peer, phase) for side in comparison.sides]
+        ratios = [format_ratio(speed / theirs if speed else None) for speed in ours]
+        rows.append((peer_name(peer), f"{peer.prompt_tokens:,}", format_number(theirs), *ratios))
     headings = ("Engine", "Context", "tok/s", *(f"{side.name} / it" for side in comparison.sides))
     sources = dict.fromkeys(filter(None, map(peer_source, peers)))
     return Section(f"{phase.capitalize()} beside other engines", headings, tuple(rows), 1, " ".join(sources))
+
+
+def _side_speed(side: Side, peer: PeerRow, phase: str) -> float | None:
+    place = (peer.prompt_tokens, peer.batch)
+    for case in side.cases():
+        if (case.prompt_tokens, batch_of(case)) == place and (speeds := samples(side, case, phase)):
+            return median(speeds)
+    return None
 
 
 def peer_name(peer: PeerRow) -> str:
