@@ -140,7 +140,7 @@ def _rate_figure(report: Report, phase: str, heading: str) -> Figure:
     if report.has_batches:
         caption += " Of all sequences together."
     contexts = [result.case.prompt_tokens for result in report.cases]
-    contexts += [peer.prompt_tokens for peer in report.peers]
+    contexts += [peer.prompt_tokens for peer in report.peers if getattr(peer, f"{phase}_tok_s") is not None]
     highest = max((max(p.y, p.spread[1] if p.spread else 0.0) for s in series for p in s.points), default=0.0)
     said = "; ".join(f"{s.name} at {p.x:,.0f} tokens: {p.label} tok/s" for s in series for p in s.points)
     plot = svg.line_plot(

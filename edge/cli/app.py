@@ -13,12 +13,14 @@ import typer
 from edge.cli.bench import bench
 from edge.cli.build import build
 from edge.cli.chat import chat
+from edge.cli.compare import compare
 from edge.cli.console import err, out
 from edge.cli.doctor import doctor
 from edge.cli.eval import evaluate
 from edge.cli.export import export
 from edge.cli.freq import freq
 from edge.cli.generate import run
+from edge.cli.groups import CommandWithSubcommands
 from edge.cli.logits import logits
 from edge.cli.mapreduce import mapreduce
 from edge.cli.plan import plan
@@ -46,7 +48,10 @@ app.command("chat")(chat)
 app.command("mapreduce")(mapreduce)
 app.command("logits")(logits)
 app.command("serve")(serve)
-app.command("bench")(bench)
+bench_commands = typer.Typer(cls=CommandWithSubcommands, invoke_without_command=True, subcommand_metavar="")
+bench_commands.callback()(bench)
+bench_commands.command("compare")(compare)
+app.add_typer(bench_commands, name="bench")
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)
 app.command("selftest")(selftest)

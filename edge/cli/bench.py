@@ -12,11 +12,12 @@ import typer
 from rich.text import Text
 
 from edge.cli import options as opt
+from edge.cli.compare import Peers, load_peers
 from edge.cli.console import note, out, print_json, progress_bar
+from edge.cli.report_files import wanted_forms, write_forms
 from edge.errors import EdgeError, UsageError
 
 if TYPE_CHECKING:
-    from edge.bench.report import Report
     from edge.bench.workload import Workload
     from edge.engine import Engine
 
@@ -70,6 +71,7 @@ def bench(
     sparse: opt.Sparse = None,
     offload: opt.Offload = None,
     speculative: opt.Speculative = None,
+    peer: Peers = None,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, latency percentiles and peak memory, beside what the hardware allows.
@@ -80,12 +82,16 @@ def bench(
 
       edge bench bundle
 
-      edge bench bundle --contexts 512,8192 --batch 1,4,8 --html report.html
+      edge bench bundle --contexts 512,8192 --batch 1,4,8 --peer llama-bench.json --html report.html
 
       edge bench bundle --workload announcement-orin --output report.json
 
       edge bench --static --json
+
+    `edge bench compare` sets reports beside each other. A folder named compare is ./compare here.
     """
+    if invocation.invoked_subcommand is not None:
+        return
     given = _given(invocation)
     if static:
         _report_static(given, json)
@@ -121,14 +127,15 @@ def _choose(given: Mapping[str, Any], name: str) -> Workload:
 def _measure(bundle: Path, workload: Workload, given: Mapping[str, Any], gate: bool, json: bool) -> None:
     """Open an engine for the cases that fit, measure them, write and print the report; EdgeError if the gate failed."""
     from edge.bench.fit import open_fitting
+    from edge.bench.html import render_html
     from edge.bench.options import BenchOptions
     from edge.bench.report import to_json
     from edge.bench.run import bench_engine
-    from edge.bench.tables import terminal
+    from edge.bench.tables import markdown, terminal
 
-    for name in ("html", "markdown", "output"):
-        if name in given:
-            opt.check_output(given[name])
+    forms = (("html", render_html), ("markdown", markdown), ("output", to_json))
+    wanted = wanted_forms(*((given.get(name), render) for name, render in forms))
+    peers = (*workload.peers(), *load_peers(given.get("peer")))
     settings = _engine_options(bundle, workload, given)
 
     def open_engine(tokens: int, sequences: int) -> Engine:
@@ -137,12 +144,10 @@ def _measure(bundle: Path, workload: Workload, given: Mapping[str, Any], gate: b
         return opt.load_engine(bundle, context, **settings, sequences=sequences, logits_rows=rows, prefix_cache=False)
 
     engine, cases, skipped = open_fitting(workload.cases(), open_engine)
-    options = BenchOptions(
-        cases, workload.repetitions, workload.seed, workload.peers(), skipped, workload.facts, gate=gate
-    )
+    options = BenchOptions(cases, workload.repetitions, workload.seed, peers, skipped, workload.facts, gate=gate)
     with progress_bar("measuring", quiet=json) as progress:
         report = bench_engine(engine, options, progress)
-    _write(report, given)
+    write_forms(wanted, report)
     print(to_json(report)) if json else out.print(terminal(report))
     if report.gate is not None and (failure := report.gate.failure) is not None:
         raise EdgeError(failure)
@@ -168,17 +173,6 @@ def _engine_options(bundle: Path, workload: Workload, given: Mapping[str, Any]) 
         "offload": given.get("offload", Path(tempfile.gettempdir()) if wanted.offload else None),
         "speculative": given.get("speculative", speculative),
     }
-
-
-def _write(report: Report, given: Mapping[str, Any]) -> None:
-    from edge.bench.html import render_html
-    from edge.bench.report import to_json, write_text
-    from edge.bench.tables import markdown
-
-    for name, render in (("html", render_html), ("markdown", markdown), ("output", to_json)):
-        if name in given:
-            write_text(given[name], render(report))
-            note(f"report written to {given[name]}")
 
 
 def _list_workloads(json: bool) -> None:
