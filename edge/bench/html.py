@@ -15,6 +15,8 @@ from markupsafe import Markup
 from edge.bench import svg
 from edge.bench.machine import Machine
 from edge.bench.measure import PERCENTILES, CaseResult, Summary
+from edge.bench.power import sensor_facts
+from edge.bench.power_plots import time_plots
 from edge.bench.report import SCHEMA_VERSION, Report, compare_peers, execution, notes
 from edge.bench.tables import (
     format_bytes,
@@ -26,6 +28,8 @@ from edge.bench.tables import (
     ledger_cells,
     machine_line,
     model_line,
+    power_lines,
+    power_tables,
     workload_line,
 )
 
@@ -77,8 +81,14 @@ def render_html(report: Report) -> str:
         figures=_figures(report),
         comparisons=compare_peers(report),
         ledger=ledger_cells(report),
+        power_tables=power_tables(report, "\n", ""),
+        power_figures=[
+            Figure(plot.identity, plot.heading, plot.caption, Markup(plot.plot))
+            for plot in time_plots(report.cases, report.telemetry, format_number)
+        ],
+        power_lines=power_lines(report),
         notes=notes(report),
-        machine_facts=_machine_facts(report.machine, report.other_cpu),
+        machine_facts=_machine_facts(report.machine, report.other_cpu) | sensor_facts(report.telemetry),
         engine_facts={ENGINE_LABELS.get(k, _label(k)): v for k, v in report.engine.items()},
         percentiles=PERCENTILES,
         number=format_number,

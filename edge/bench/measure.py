@@ -15,6 +15,7 @@ from edge.bench.machine import MemoryUse, read_memory, reset_peak_memory
 from edge.errors import EdgeError, UsageError
 from edge.memory.measured import Compared
 from edge.sampler import SamplingParams
+from edge.telemetry.figures import CaseTelemetry, Run
 
 PERCENTILES = (50, 90, 99)
 # two-sided 95 % quantiles of Student's t for 1..9 degrees of freedom
@@ -47,6 +48,12 @@ class BenchEngine(Protocol):
     def ledger(self) -> Sequence[Compared]: ...
 
 
+class Meter(Protocol):
+    """What reads the machine's sensors meanwhile, with the benchmark's clock (edge/telemetry/recorder.py)."""
+
+    def case(self, prompt_tokens: int, decode_tokens: int, runs: Sequence[Run]) -> CaseTelemetry: ...
+
+
 @dataclass(frozen=True)
 class BenchCase:
     """One workload: a prompt of `prompt_tokens`, then `new_tokens` generated tokens."""
@@ -75,11 +82,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """All raw samples of one case and the figures that follow from them."""
+    """All raw samples of one case and the figures that follow from them; `telemetry` if sensors were read."""
 
     case: BenchCase
     repetitions: tuple[Repetition, ...]
     memory: MemoryUse
+    telemetry: CaseTelemetry | None = None
 
     @property
     def ttft_s(self) -> Summary:
@@ -117,6 +125,7 @@ def measure_cases(
     seed: int = 0,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
+    meter: Meter | None = None,
 ) -> tuple[CaseResult, ...]:
     """Run each case once to warm up and `repeat` times under the clock, greedily and past any end token.
 
@@ -131,16 +140,18 @@ def measure_cases(
     results = []
     for index, case in enumerate(ordered):
         peak_was_reset = reset_peak_memory()
-        repetitions = []
+        repetitions, windows = [], []
         for run in range(runs):
             if progress:
                 what = f"repetition {run} of {repeat}" if run else "warm-up"
                 progress(index * runs + run, len(ordered) * runs, f"{case.prompt_tokens} tokens, {what}")
             draw = np.random.default_rng([seed, index, run])
             prompt = draw.integers(engine.vocab_size, size=case.prompt_tokens).tolist()
-            repetition, memory = _time_run(engine, prompt, case.new_tokens, clock, peak_was_reset)
+            repetition, memory, window = _time_run(engine, prompt, case.new_tokens, clock, peak_was_reset)
             repetitions.append(repetition)
-        results.append(CaseResult(case, tuple(repetitions[1:]), memory))
+            windows.append(window)
+        telemetry = meter.case(case.prompt_tokens, case.new_tokens - 1, windows[1:]) if meter else None
+        results.append(CaseResult(case, tuple(repetitions[1:]), memory, telemetry))
     if progress:
         progress(len(ordered) * runs, len(ordered) * runs, "done")
     return tuple(results)
@@ -166,7 +177,7 @@ def _check(cases: Sequence[BenchCase], repeat: int, max_context: int) -> None:
 
 def _time_run(
     engine: BenchEngine, prompt: Sequence[int], new_tokens: int, clock: Clock, peak_was_reset: bool
-) -> tuple[Repetition, MemoryUse]:
+) -> tuple[Repetition, MemoryUse, Run]:
     """Time one generation; memory is read at its last token, while the whole context is still held."""
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     arrivals: list[float] = []
@@ -186,7 +197,7 @@ def _time_run(
         )
     # nanoseconds are the clock's resolution; more digits would only swell the report
     gaps = tuple(round(b - a, 9) for a, b in pairwise(arrivals))
-    return Repetition(round(arrivals[0] - start, 9), gaps), memory
+    return Repetition(round(arrivals[0] - start, 9), gaps), memory, Run(start, arrivals[0], arrivals[-1])
 
 
 def _rate(samples: Sequence[tuple[int, float]]) -> Summary | None:

@@ -21,8 +21,11 @@ from edge.bench.measure import (
     Summary,
     measure_cases,
 )
+from edge.bench.power import power_figures, power_notes
 from edge.errors import EdgeError
 from edge.memory.measured import Compared
+from edge.telemetry.figures import Telemetry, case_from_dict, telemetry_from_dict
+from edge.telemetry.recorder import Recorder
 
 SCHEMA_VERSION = 1
 BUSY_SHARE = 0.10
@@ -44,7 +47,7 @@ class Report:
     """One benchmark: raw samples, the machine, the engine, and optional rows of other engines.
 
     `other_cpu` is the share (0..1) of the machine's CPU time that other processes took meanwhile. `ledger`: the lines
-    of the plan beside what all cases together took.
+    of the plan beside what all cases together took. `telemetry`: how the sensors were read, if they were.
     """
 
     cases: Sequence[CaseResult]
@@ -54,6 +57,7 @@ class Report:
     other_cpu: float | None = None
     peers: Sequence[PeerRow] = ()
     ledger: Sequence[Compared] = ()
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,21 @@ def run_bench(
     peers: Sequence[PeerRow] = (),
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
+    meter: Recorder | None = None,
 ) -> Report:
-    """Measure `cases` on `engine` (see `measure_cases`) and add the facts of machine and engine."""
+    """Measure `cases` on `engine` (see `measure_cases`) and add the facts of machine and engine.
+
+    `meter`, which must go by `clock`, adds power, clocks and temperatures.
+    """
+    if meter:
+        meter.idle()
     before = read_cpu_clock()
-    results = measure_cases(engine, cases, repeat=repeat, seed=seed, clock=clock, progress=progress)
+    results = measure_cases(engine, cases, repeat=repeat, seed=seed, clock=clock, progress=progress, meter=meter)
     after, machine = read_cpu_clock(), describe_machine()
     other = other_cpu_share(before, after, machine.logical_cores)
-    return Report(results, machine, engine.describe(), seed, other, tuple(peers), tuple(engine.ledger()))
+    telemetry = meter.summary() if meter else None
+    ledger = tuple(engine.ledger())
+    return Report(results, machine, engine.describe(), seed, other, tuple(peers), ledger, telemetry)
 
 
 def execution(report: Report) -> str:
@@ -108,7 +120,7 @@ def case_figures(result: CaseResult) -> dict[str, Any]:
     figures: dict[str, Any] = {name: summary and asdict(summary) for name, summary in summaries.items()}
     percentiles = result.interval_percentiles_s
     figures["interval_s"] = percentiles and {f"p{p}": value for p, value in percentiles.items()}
-    return figures
+    return figures | power_figures(result)
 
 
 def compare_peers(report: Report) -> list[Comparison]:
@@ -144,7 +156,7 @@ def notes(report: Report) -> list[str]:
         found.append("Fewer than 100 inter-token intervals in some cases: their p99 is close to the maximum.")
     if any(result.memory.peak_scope == "process" for result in report.cases):
         found.append("The kernel did not let the peak be reset: peak memory is that of the whole process.")
-    return found
+    return found + power_notes(report.cases, report.telemetry)
 
 
 def _ratio(ours: float | None, theirs: float | None) -> float | None:
@@ -175,7 +187,10 @@ def from_dict(values: dict[str, Any], source: str = "report") -> Report:
         machine["instruction_sets"] = tuple(machine["instruction_sets"])
         peers = tuple(PeerRow(**peer) for peer in values["peers"])
         ledger = tuple(Compared(**row) for row in values.get("ledger", ()))  # older reports have none
-        return Report(cases, Machine(**machine), values["engine"], values["seed"], values["other_cpu"], peers, ledger)
+        telemetry = telemetry_from_dict(values["telemetry"]) if values.get("telemetry") else None
+        return Report(
+            cases, Machine(**machine), values["engine"], values["seed"], values["other_cpu"], peers, ledger, telemetry
+        )
     except KeyError as error:
         raise EdgeError(f"{source} is damaged: field {error} is missing.") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -216,4 +231,5 @@ def _case_from_dict(values: dict[str, Any]) -> CaseResult:
     if not runs:
         raise ValueError("a case has no repetitions")
     repetitions = tuple(Repetition(float(r["ttft_s"]), tuple(map(float, r["intervals_s"]))) for r in runs)
-    return CaseResult(BenchCase(**values["case"]), repetitions, MemoryUse(**values["memory"]))
+    telemetry = case_from_dict(values["telemetry"]) if values.get("telemetry") else None  # older reports have none
+    return CaseResult(BenchCase(**values["case"]), repetitions, MemoryUse(**values["memory"]), telemetry)

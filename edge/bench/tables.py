@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from edge.bench.machine import Machine
 from edge.bench.measure import PERCENTILES, CaseResult, Summary
+from edge.bench.power import POWER_HEADINGS, clock_table, power_caption, power_cells, sensor_facts, unreadable_sentence
 from edge.bench.report import Report, compare_peers, execution, notes
 from edge.memory.ledger import MEMORY
 from edge.memory.measured import Compared, totals
@@ -19,6 +21,14 @@ from edge.memory.measured import Compared, totals
 NONE = "-"
 LEDGER_HEADINGS = ("Memory", "Planned", "Measured", "Difference")
 PEER_HEADINGS = ("Engine", "Context", "Prefill tok/s", "ours / it", "Decode tok/s", "ours / it")
+
+
+class CaptionedTable(NamedTuple):
+    """A table's caption, its headings and its rows; the first column names the row."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def format_number(value: float | None) -> str:
@@ -106,6 +116,28 @@ def workload_line(report: Report) -> str:
     return f"{repeats} after a warm-up, {new} each"
 
 
+def power_tables(report: Report, before_spread: str, after_spread: str) -> list[CaptionedTable]:
+    """Power, and clocks; without those of which the machine showed nothing."""
+    around = before_spread, after_spread
+    power = power_cells(report.cases, format_number, format_spread, around)
+    headings, clocks = clock_table(report.cases, NONE)
+    tables = [
+        CaptionedTable("Medians of the repetitions, and the lowest to the highest.", POWER_HEADINGS, power),
+        CaptionedTable("Clocks over all repetitions: the median, in brackets the lowest.", headings, clocks),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def power_lines(report: Report) -> list[str]:
+    """What the power is that of, how it was read, and what was not readable."""
+    if report.telemetry is None:
+        return []
+    lines = [power_caption(report.telemetry)] if report.telemetry.scope else []
+    if sensors := sensor_facts(report.telemetry).get("Sensors"):
+        lines.append(f"Sensors: {sensors}.")
+    return [*lines, unreadable_sentence(report.telemetry)] if report.telemetry.unreadable else lines
+
+
 def terminal(report: Report) -> RenderableType:
     """The report for a terminal of 80 columns; readable without colour and when piped into a file."""
     parts: list[RenderableType] = [
@@ -121,6 +153,9 @@ def terminal(report: Report) -> RenderableType:
     if report.ledger:
         parts += [Text(), _named_table(LEDGER_HEADINGS, ledger_cells(report))]
         parts.append(Text("Process and headroom are bounds; the total leaves out what is elsewhere.", style="dim"))
+    for table in power_tables(report, "\n", ""):
+        parts += [Text(), _named_table(table.headings, table.rows), Text(table.caption, style="dim")]
+    parts += [Text(line, style="dim") for line in power_lines(report)]
     if found := notes(report):
         parts += [Text(), *(Text(f"Note: {note}") for note in found)]
     return Group(*parts)
@@ -143,6 +178,10 @@ def markdown(report: Report) -> str:
         lines += ["", *_markdown_table(PEER_HEADINGS, _peer_cells(report))]
     if report.ledger:
         lines += ["", *_markdown_table(LEDGER_HEADINGS, ledger_cells(report))]
+    for table in power_tables(report, " (", ")"):
+        lines += ["", *_markdown_table(table.headings, table.rows), "", table.caption]
+    for line in power_lines(report):
+        lines += ["", _plain(line)]
     lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
     return "\n".join(lines) + "\n"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,12 @@ from edge.cli import options as opt
 from edge.cli.console import note, out, print_json, progress_bar
 from edge.errors import UsageError
 
+if TYPE_CHECKING:
+    from edge.telemetry.recorder import Recorder
+
+Sensors = Annotated[
+    int, typer.Option(min=0, metavar="MS", help="Read power, clocks and temperatures so often; 0: not at all.")
+]
 _COLD = {"prefix_cache": False}  # every prompt is to be timed as if it were the first
 
 
@@ -34,6 +41,7 @@ def bench(
     sparse: opt.Sparse = None,
     offload: opt.Offload = None,
     speculative: opt.Speculative = None,
+    sensors: Sensors = 100,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, latency percentiles and peak memory.
@@ -66,12 +74,19 @@ def bench(
         opt.check_output(path)
     context = context or max(case.prompt_tokens for case in cases) + new_tokens
     engine = opt.load_engine(bundle, context, memory, threads, chunk, attention, sparse, offload, speculative, **_COLD)
-    with progress_bar("measuring", quiet=json) as progress:
-        report = run_bench(engine, cases, repeat=repeat, progress=progress)
+    with progress_bar("measuring", quiet=json) as progress, _meter(sensors) as meter:
+        report = run_bench(engine, cases, repeat=repeat, progress=progress, meter=meter)
     for path, render in wanted:
         write_text(path, render(report))
         note(f"report written to {path}")
     print(to_json(report)) if json else out.print(terminal(report))
+
+
+def _meter(milliseconds: int) -> AbstractContextManager[Recorder | None]:
+    """The machine's sensors, or none."""
+    from edge.telemetry.recorder import open_recorder
+
+    return open_recorder(milliseconds / 1e3) if milliseconds else nullcontext()
 
 
 def _report_static(invocation: typer.Context, json: bool) -> None:
