@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +25,8 @@ from edge.telemetry.recorder import Recorder
 from edge.telemetry.sampler import Sampler
 from tests.bench_samples import Event, FakeEngine, Page, case_result, of_class, plots, sample_report
 from tests.browser import CHROMIUM, browsing, write_png
-from tests.telemetry_samples import TELEMETRY, Scripted, case_telemetry, power_report
+from tests.command import edge
+from tests.telemetry_samples import LINES, TELEMETRY, Scripted, case_telemetry, power_report
 
 
 def printed(report: Report) -> str:
@@ -235,3 +237,32 @@ def test_the_page_renders_with_its_power_plots(tmp_path: Path) -> None:
         assert colours[0] != colours[1]
         assert browser.problems == []
         write_png(pixels, tmp_path / "report.png")
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def test_edge_bench_takes_power_from_tegrastats(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A command that prints a recorded line again and again, where sysfs has no rails."""
+    if any("ina" in path.read_text() for path in Path("/sys/class/hwmon").glob("*/name")):
+        pytest.skip("this machine has rails of its own")
+    line = LINES["Orin NX, JetPack 6"][0]
+    command = tmp_path / "tegrastats"
+    command.write_text(f"#!/bin/sh\nwhile echo '{line}'; do sleep 0.004; done\n")
+    command.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    lengths = ("--contexts", "32", "--new-tokens", 400, "--repeat", 2)
+    result = edge("bench", tiny_bundle, *lengths, "--sensors", 5, "--json", PATH=path)
+    assert result.returncode == 0, result.stderr.decode()
+    values = json.loads(result.stdout)
+    assert (
+        values["telemetry"]["scope"] == "VDD_IN, the module's input" and "tegrastats" in values["telemetry"]["sources"]
+    )
+    assert values["telemetry"]["idle_w"] == pytest.approx(4.304) and "power" not in values["telemetry"]["unreadable"]
+    (case,) = values["cases"]
+    assert case["summary"]["decode_w"]["median"] == pytest.approx(4.304, rel=1e-3)
+    seconds = sum(case["repetitions"][0]["intervals_s"])
+    assert case["telemetry"]["runs"][0]["decode_j"] == pytest.approx(4.304 * seconds, rel=1e-3)
+    assert case["summary"]["j_per_generated_token_net"]["median"] == pytest.approx(0, abs=1e-4)
+    off = edge("bench", tiny_bundle, *lengths[:2], "--new-tokens", 2, "--sensors", 0, "--json", PATH=path)
+    assert off.returncode == 0 and json.loads(off.stdout)["telemetry"] is None

@@ -57,8 +57,8 @@ def test_rails_of_jetpack_4(tmp_path: Path) -> None:
         (open_rails, "no INA3221 or INA238 in /sys/class/hwmon"),
         (open_rapl, "no RAPL counters in /sys/class/powercap"),
         (open_cpufreq, "no cpufreq in /sys/devices/system/cpu"),
-        (open_zones, "no thermal zones"),
-        (open_devfreq, "no devfreq"),
+        (open_zones, "no thermal zone in /sys/class/thermal"),
+        (open_devfreq, "no GPU in /sys/class/devfreq"),
         (open_throttling, "no cooling device"),
     ],
 )

@@ -90,11 +90,14 @@ exec sleep 60"""
     assert source._process.returncode is not None, "the process has ended"
 
 
-def test_a_command_that_ends_at_once_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_command(tmp_path, "exit 1", monkeypatch)
-    source = open_tegrastats(0.1)
-    assert source.read() == {}
-    source.close()
+@pytest.mark.parametrize("body", ["exit 1", "echo usage; sleep 60", "exec sleep 60"])
+def test_a_command_that_prints_no_values_is_not_read(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_command(tmp_path, body, monkeypatch)
+    monkeypatch.setattr("edge.telemetry.tegrastats.PATIENCE", 0.3)
+    with pytest.raises(Unreadable, match="tegrastats prints no values"):
+        open_tegrastats(0.1)
 
 
 def test_without_the_command_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def unreadable_sentence(telemetry: Telemetry | None) -> str:
     """What this machine does not show, each with its reason; "" if it shows all, or nothing was asked."""
     if telemetry is None or not telemetry.unreadable:
         return ""
-    return f"Not readable: {'. '.join(f'{what} ({why})' for what, why in telemetry.unreadable.items())}."
+    return f"Not readable: {', '.join(f'{what} ({why})' for what, why in telemetry.unreadable.items())}."
 
 
 def power_caption(telemetry: Telemetry) -> str:

@@ -50,7 +50,7 @@ def open_devfreq(root: Path) -> SysFiles:
     memory = root / MEMORY_CLOCK.lstrip("/") / "rate"
     if text_of(memory):
         files.setdefault(("clock", "memory"), (memory, 1.0))
-    return SysFiles("devfreq", files)
+    return SysFiles("devfreq", files, "no GPU in /sys/class/devfreq")
 
 
 def open_zones(root: Path) -> SysFiles:
@@ -62,7 +62,7 @@ def open_zones(root: Path) -> SysFiles:
         if kind and not CONSTANT.match(kind):
             name = f"{zone} {path.parent.name.removeprefix('thermal_zone')}" if ("temperature", zone) in files else zone
             files["temperature", name] = (path.with_name("temp"), 1e-3)
-    return SysFiles("thermal zones", files)
+    return SysFiles("thermal zones", files, f"no thermal zone in /{ZONES}")
 
 
 class Throttling:

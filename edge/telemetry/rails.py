@@ -63,7 +63,7 @@ def open_input(root: Path) -> SysFiles:
     for folder in in_order(root.glob("sys/class/hwmon/hwmon*")):
         if text_of(folder / "name") == "ina238":
             files["power", text_of(folder / "in1_label") or INPUT] = (folder / "power1_input", 1e-6)
-    return SysFiles("INA238", files)
+    return SysFiles("INA238", files, "no INA238 in /sys/class/hwmon")
 
 
 def open_iio(root: Path) -> SysFiles:
@@ -73,4 +73,4 @@ def open_iio(root: Path) -> SysFiles:
         rail, number = text_of(path), path.name.removeprefix("rail_name_")
         if rail and rail != "NC":
             files["power", rail] = (path.with_name(f"in_power{number}_input"), 1e-3)
-    return SysFiles("INA3221 (iio)", files)
+    return SysFiles("INA3221 (iio)", files, "no ina3221x in /sys/bus/i2c/drivers")

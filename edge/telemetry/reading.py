@@ -51,8 +51,8 @@ class SysFile:
 class SysFiles:
     """A source of one number a file; `files` has path and scale (a value in SI units is number x scale) by key."""
 
-    def __init__(self, name: str, files: Mapping[Key, tuple[Path, float]]) -> None:
-        """Files that this user may not open are left out; Unreadable if none is left."""
+    def __init__(self, name: str, files: Mapping[Key, tuple[Path, float]], absent: str) -> None:
+        """Files that this user may not open are left out; Unreadable if none is left, saying `absent` if none was."""
         self.name = name
         self._files: dict[Key, tuple[SysFile, float]] = {}
         refused = ""
@@ -62,7 +62,7 @@ class SysFiles:
             except OSError as error:
                 refused = f"{path}: {error.strerror}"
         if not self._files:
-            raise Unreadable(refused or f"no {name}")
+            raise Unreadable(refused or absent)
 
     def read(self) -> Reading:
         numbers = ((key, file.number(), scale) for key, (file, scale) in self._files.items())

@@ -137,7 +137,7 @@ class Recorder:
         return found
 
     def _wait_beyond(self, moment: float) -> None:
-        self._sampler.wait_beyond(moment, 3 * self._sampler.interval + 1.0)
+        self._sampler.wait_beyond(moment, self._total.parts, 3 * self._sampler.interval + 1.0)
 
     def _energy(self, window: Window) -> float | None:
         return energy(self._sampler.series, self._total, window)
@@ -196,12 +196,13 @@ def open_recorder(interval: float = INTERVAL, root: Path = Path("/"), clock: Clo
     attempt(["power"], lambda: open_rails(root))
     for other in (open_input, open_iio):  # what they refuse for, open_rails has said
         attempt([], partial(other, root))
-    if not sources:
-        attempt(["power"], lambda: open_tegrastats(interval))
+    has_rails = bool(sources)
     attempt(["clocks"], lambda: open_devfreq(root))
-    attempt(["power", "clocks", "temperature", "throttling"], open_nvml)
+    attempt(["power"], open_nvml)
     attempt(["power"], lambda: open_rapl(root))
     attempt(["clocks"], lambda: open_cpufreq(root))
     attempt(["temperature"], lambda: open_zones(root))
     attempt(["throttling"], lambda: open_throttling(root))
+    if not has_rails:
+        attempt(["power"], lambda: open_tegrastats(interval))
     return Recorder(Sampler(sources, interval, clock), refusals, root)

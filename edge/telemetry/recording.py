@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -41,8 +42,7 @@ class Series:
 
     def within(self, window: Window) -> list[float]:
         """The values that were read in a window."""
-        low, high = np.searchsorted(self.times, (window.start, window.end), side="left")
-        return self.values[low:high]
+        return self.values[bisect_left(self.times, window.start) : bisect_left(self.times, window.end)]
 
     def covers(self, window: Window) -> bool:
         """Whether a value was read at or before its start, and at or after its end."""
@@ -163,6 +163,6 @@ def _growth(series: Series, window: Window) -> float:
     """How far a count went from the last sample before a window to the first after it."""
     if not series.times:
         return 0.0
-    first = max(0, int(np.searchsorted(series.times, window.start, side="right")) - 1)
-    last = min(len(series.times) - 1, int(np.searchsorted(series.times, window.end, side="left")))
+    first = max(0, bisect_right(series.times, window.start) - 1)
+    last = min(len(series.times) - 1, bisect_left(series.times, window.end))
     return series.values[last] - series.values[first]

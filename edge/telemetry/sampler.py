@@ -16,21 +16,25 @@ Clock = Callable[[], float]
 class Sampler:
     """Samples from `start` to `stop`; times are those of `clock`, in the middle of each source's reading.
 
-    `series` may be read at any time: lists only grow. What several sources have is the first one's. A source that
-    fails is not read again.
+    What several sources have is the first one's. A source that fails is not read again.
     """
 
     def __init__(self, sources: Sequence[Source], interval: float, clock: Clock = time.perf_counter) -> None:
         self.sources, self.interval, self.clock = list(sources), interval, clock
-        self.series: dict[Key, Series] = {}
+        self._series: dict[Key, Series] = {}
         self.samples = 0
         self.reading_s = 0.0  # of all samples together
         self.cpu_s = 0.0
         self._owners: dict[Key, Source] = {}
-        self._last_begun = -math.inf
+        self._sampled_at = -math.inf
         self._stop = threading.Event()
         self._sampled = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="sensors", daemon=True)
+
+    @property
+    def series(self) -> dict[Key, Series]:
+        """What was read so far; may be used while the thread runs, since lists only grow."""
+        return dict(self._series)
 
     def start(self) -> None:
         """Begin; the first sample has been taken when this returns."""
@@ -59,24 +63,30 @@ class Sampler:
             middle = (before + self.clock()) / 2
             for key, value in values.items():
                 if self._owners.setdefault(key, source) is source:
-                    self.series.setdefault(key, Series()).append(middle, value)
+                    self._series.setdefault(key, Series()).append(middle, value)
         self.samples += 1
+        self._sampled_at = begun
         self.reading_s += self.clock() - begun
 
-    def wait_beyond(self, moment: float, patience: float) -> None:
-        """Return when a sample was begun after `moment` of the clock, or after `patience` seconds."""
+    def wait_beyond(self, moment: float, keys: Sequence[Key], patience: float) -> None:
+        """Return when all of `keys` have values after `moment` of the clock, or after `patience` seconds.
+
+        One sample more is not enough: a command may have printed nothing new.
+        """
         end = time.monotonic() + patience
         with self._sampled:
-            while self._thread.is_alive() and self._last_begun <= moment and time.monotonic() < end:
+            while self._thread.is_alive() and self._oldest(keys) <= moment and time.monotonic() < end:
                 self._sampled.wait(self.interval)
+
+    def _oldest(self, keys: Sequence[Key]) -> float:
+        """When the last sample was taken, or the last value of the key that has the oldest."""
+        return min([self._sampled_at, *(self._series[key].times[-1] for key in keys)])
 
     def _run(self) -> None:
         due = time.monotonic() + self.interval
         while not self._stop.wait(max(0.0, due - time.monotonic())):
-            begun = self.clock()
             self.sample()
             with self._sampled:
-                self._last_begun = begun
                 self._sampled.notify_all()
             # Samples that were missed are not made up for.
             due = max(due + self.interval, time.monotonic())

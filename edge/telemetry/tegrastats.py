@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import subprocess
+import time
 
 from edge.telemetry.reading import Key, Reading, Unreadable
 
@@ -18,6 +20,7 @@ _ZONE = re.compile(r"\b([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C\b")
 _GPU = re.compile(r"\bGR3D2?_FREQ (?:\d+%)?@\[?([\d,]+)")
 _MEMORY = re.compile(r"\bEMC_FREQ (?:\d+%)?@(\d+)")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
+PATIENCE = 2.0  # seconds until the first line, beyond its interval
 OFF = -256.0  # degrees that a sensor shows while its unit is off
 
 
@@ -61,9 +64,21 @@ class Tegrastats:
         self._pipe = self._process.stdout.fileno()
         os.set_blocking(self._pipe, False)
         self._rest = b""
+        self._first: Reading = {}
+
+    def wait(self, seconds: float) -> bool:
+        """Whether a first line comes in time; the next reading will be that line's."""
+        end = time.monotonic() + seconds
+        while not self._first and self._process.poll() is None and (left := end - time.monotonic()) > 0:
+            select.select([self._pipe], [], [], left)
+            self._first = self.read()
+        return bool(self._first)
 
     def read(self) -> Reading:
         """The newest whole line; empty if none has come since."""
+        if self._first:
+            first, self._first = self._first, {}
+            return first
         try:
             while chunk := os.read(self._pipe, 1 << 16):
                 self._rest += chunk
@@ -84,11 +99,15 @@ class Tegrastats:
 
 
 def open_tegrastats(interval: float) -> Tegrastats:
-    """Start the command on the PATH; Unreadable if there is none."""
+    """Start the command on the PATH; Unreadable if there is none, or it prints no values."""
     command = shutil.which("tegrastats")
     if command is None:
         raise Unreadable("no tegrastats on the PATH")
     try:
-        return Tegrastats(command, interval)
+        source = Tegrastats(command, interval)
     except OSError as error:
         raise Unreadable(f"{command}: {error.strerror}") from error
+    if source.wait(PATIENCE + interval):
+        return source
+    source.close()
+    raise Unreadable(f"{command} prints no values")
