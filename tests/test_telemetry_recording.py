@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.telemetry.figures import Run, case_from_dict, telemetry_from_dict
+from edge.telemetry.nvml import open_nvml
 from edge.telemetry.reading import Key, Reading
 from edge.telemetry.recorder import Recorder, open_recorder
 from edge.telemetry.recording import Series, Total, Window, choose_total, cumulative, energy, mean_power, throttling
@@ -195,9 +196,15 @@ def test_without_power_there_is_no_wait_and_the_reason_is_told_once() -> None:
     assert telemetry_from_dict(asdict(summary)) == summary
 
 
+def test_a_part_of_the_power_that_is_for_root_only_is_told() -> None:
+    why = ["no INA3221", "/sys/class/powercap/intel-rapl:0/energy_uj: Permission denied"]
+    unreadable = recorded(lambda _: {("energy", "GPU board"): 1.0}, 1, power=why).summary().unreadable
+    assert unreadable["part of the power"] == why[1] and "power" not in unreadable
+
+
 def test_a_board_is_opened_by_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # whatever this machine has is no part of it
-    monkeypatch.setattr("edge.telemetry.nvml.LIBRARY", "libmissing.so")
+    monkeypatch.setattr("edge.telemetry.recorder.open_nvml", lambda: open_nvml("libmissing.so"))
     recorder = open_recorder(0.02, tree(tmp_path, AGX_ORIN), time.perf_counter)
     with recorder:
         start = time.perf_counter()

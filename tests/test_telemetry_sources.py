@@ -135,7 +135,8 @@ def test_clocks_of_gpu_memory_and_the_fastest_core(tmp_path: Path) -> None:
 def test_zones_whose_unit_is_off_are_left_out(tmp_path: Path) -> None:
     pmic = {"sys/class/thermal/thermal_zone9/type": "PMIC-Die", "sys/class/thermal/thermal_zone9/temp": 100000}
     twice = {"sys/class/thermal/thermal_zone10/type": "tj-thermal", "sys/class/thermal/thermal_zone10/temp": 51000}
-    source = open_zones(tree(tmp_path, {**AGX_ORIN, **pmic, **twice}))
+    off = {"sys/class/thermal/thermal_zone5/type": "cv1-thermal", "sys/class/thermal/thermal_zone5/temp": -256000}
+    source = open_zones(tree(tmp_path, {**AGX_ORIN, **pmic, **twice, **off}))
     assert source.read() == pytest.approx(
         {("temperature", "cpu"): 49.468, ("temperature", "tj"): 50.125, ("temperature", "tj 10"): 51.0}
     )

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from edge.bench import svg
 from edge.bench.machine import Machine
 from edge.bench.measure import PERCENTILES, CaseResult, Summary
-from edge.bench.power import sensor_facts
+from edge.bench.power import power_lines, sensor_facts
 from edge.bench.power_plots import time_plots
 from edge.bench.report import SCHEMA_VERSION, Report, compare_peers, execution, notes
 from edge.bench.tables import (
@@ -28,7 +28,6 @@ from edge.bench.tables import (
     ledger_cells,
     machine_line,
     model_line,
-    power_lines,
     power_tables,
     workload_line,
 )
@@ -86,7 +85,7 @@ def render_html(report: Report) -> str:
             Figure(plot.identity, plot.heading, plot.caption, Markup(plot.plot))
             for plot in time_plots(report.cases, report.telemetry, format_number)
         ],
-        power_lines=power_lines(report),
+        power_lines=power_lines(report.telemetry),
         notes=notes(report),
         machine_facts=_machine_facts(report.machine, report.other_cpu) | sensor_facts(report.telemetry),
         engine_facts={ENGINE_LABELS.get(k, _label(k)): v for k, v in report.engine.items()},

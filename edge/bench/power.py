@@ -96,35 +96,34 @@ def clock_table(cases: Sequence[CaseResult], none: str) -> tuple[list[str], list
     return headings, rows if any(cell != none for row in rows for cell in row[1:]) else []
 
 
-def unreadable_sentence(telemetry: Telemetry | None) -> str:
-    """What this machine does not show, each with its reason; "" if it shows all, or nothing was asked."""
-    if telemetry is None or not telemetry.unreadable:
-        return ""
-    return f"Not readable: {', '.join(f'{what} ({why})' for what, why in telemetry.unreadable.items())}."
-
-
-def power_caption(telemetry: Telemetry) -> str:
-    """What the power is that of, and what net means."""
-    idle = "unknown" if telemetry.idle_w is None else f"{telemetry.idle_w:.2f} W"
-    return f"Power is that of {telemetry.scope}. Net: without the {idle} of the idle machine, read before the warm-up."
+def power_lines(telemetry: Telemetry | None) -> list[str]:
+    """Of what the power is, how it was read and at what cost, and what this machine does not show; a sentence each."""
+    if telemetry is None:
+        return []
+    lines = []
+    if telemetry.scope:
+        idle = "unknown power" if telemetry.idle_w is None else f"{telemetry.idle_w:.2f} W"
+        lines.append(
+            f"Power is that of {telemetry.scope}. Net: without the {idle} of the idle machine before the warm-up."
+        )
+    if telemetry.sources:
+        lines.append(
+            f"Sensors: {', '.join(telemetry.sources)}; every {telemetry.interval_s * 1e3:.0f} ms, "
+            f"{telemetry.reading_s * 1e3:.2f} ms each time, {telemetry.cpu_share:.1%} of a core."
+        )
+    if telemetry.unreadable:
+        lines.append(f"Not readable: {', '.join(f'{what} ({why})' for what, why in telemetry.unreadable.items())}.")
+    return lines
 
 
 def sensor_facts(telemetry: Telemetry | None) -> dict[str, str]:
-    """Facts of the machine: its settings, its sensors, and what reading them cost."""
+    """Facts of the machine: what its speed and power are set to."""
     if telemetry is None:
         return {}
     facts = {"Power mode": telemetry.power_mode} if telemetry.power_mode else {}
     if telemetry.locked:
         states = (f"{unit} {'locked' if locked else 'not locked'}" for unit, locked in telemetry.locked.items())
         facts["Clocks"] = ", ".join(states)
-    if telemetry.sources:
-        facts["Sensors"] = (
-            f"{', '.join(telemetry.sources)}; every {telemetry.interval_s * 1e3:.0f} ms, "
-            f"{telemetry.reading_s * 1e3:.2f} ms each time, {telemetry.cpu_share:.1%} of a core"
-        )
-    if telemetry.scope:
-        facts["Power measured"] = telemetry.scope
-    facts |= {f"Not readable: {what}": why for what, why in telemetry.unreadable.items()}
     return facts
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from edge.bench.machine import Machine
 from edge.bench.measure import PERCENTILES, CaseResult, Summary
-from edge.bench.power import POWER_HEADINGS, clock_table, power_caption, power_cells, sensor_facts, unreadable_sentence
+from edge.bench.power import POWER_HEADINGS, clock_table, power_cells, power_lines
 from edge.bench.report import Report, compare_peers, execution, notes
 from edge.memory.ledger import MEMORY
 from edge.memory.measured import Compared, totals
@@ -128,16 +128,6 @@ def power_tables(report: Report, before_spread: str, after_spread: str) -> list[
     return [table for table in tables if table.rows]
 
 
-def power_lines(report: Report) -> list[str]:
-    """What the power is that of, how it was read, and what was not readable."""
-    if report.telemetry is None:
-        return []
-    lines = [power_caption(report.telemetry)] if report.telemetry.scope else []
-    if sensors := sensor_facts(report.telemetry).get("Sensors"):
-        lines.append(f"Sensors: {sensors}.")
-    return [*lines, unreadable_sentence(report.telemetry)] if report.telemetry.unreadable else lines
-
-
 def terminal(report: Report) -> RenderableType:
     """The report for a terminal of 80 columns; readable without colour and when piped into a file."""
     parts: list[RenderableType] = [
@@ -155,7 +145,7 @@ def terminal(report: Report) -> RenderableType:
         parts.append(Text("Process and headroom are bounds; the total leaves out what is elsewhere.", style="dim"))
     for table in power_tables(report, "\n", ""):
         parts += [Text(), _named_table(table.headings, table.rows), Text(table.caption, style="dim")]
-    parts += [Text(line, style="dim") for line in power_lines(report)]
+    parts += [Text(line, style="dim") for line in power_lines(report.telemetry)]
     if found := notes(report):
         parts += [Text(), *(Text(f"Note: {note}") for note in found)]
     return Group(*parts)
@@ -180,7 +170,7 @@ def markdown(report: Report) -> str:
         lines += ["", *_markdown_table(LEDGER_HEADINGS, ledger_cells(report))]
     for table in power_tables(report, " (", ")"):
         lines += ["", *_markdown_table(table.headings, table.rows), "", table.caption]
-    for line in power_lines(report):
+    for line in power_lines(report.telemetry):
         lines += ["", _plain(line)]
     lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
     return "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from edge.doctor.jetson import MEMORY_CLOCK, devfreq_unit
-from edge.telemetry.reading import Key, Reading, SysFile, SysFiles, Unreadable, in_order, text_of
+from edge.telemetry.reading import OFF, Key, Reading, SysFile, SysFiles, Unreadable, in_order, text_of
 
 CPU = "sys/devices/system/cpu"
 ZONES = "sys/class/thermal"
@@ -53,8 +53,15 @@ def open_devfreq(root: Path) -> SysFiles:
     return SysFiles("devfreq", files, "no GPU in /sys/class/devfreq")
 
 
-def open_zones(root: Path) -> SysFiles:
-    """Thermal zones by type; equal types get their number. One whose unit is off does not answer."""
+class Zones(SysFiles):
+    """Thermal zones; of one whose unit is off the driver gives an error, or a temperature that is none."""
+
+    def read(self) -> Reading:
+        return {key: degrees for key, degrees in super().read().items() if degrees != OFF}
+
+
+def open_zones(root: Path) -> Zones:
+    """Thermal zones by type; equal types get their number. Unreadable if there are none."""
     files: dict[Key, tuple[Path, float]] = {}
     for path in in_order(root.glob(f"{ZONES}/thermal_zone*/type")):
         kind = text_of(path)
@@ -62,7 +69,7 @@ def open_zones(root: Path) -> SysFiles:
         if kind and not CONSTANT.match(kind):
             name = f"{zone} {path.parent.name.removeprefix('thermal_zone')}" if ("temperature", zone) in files else zone
             files["temperature", name] = (path.with_name("temp"), 1e-3)
-    return SysFiles("thermal zones", files, f"no thermal zone in /{ZONES}")
+    return Zones("thermal zones", files, f"no thermal zone in /{ZONES}")
 
 
 class Throttling:

@@ -13,6 +13,8 @@ Quantity = Literal["power", "energy", "clock", "temperature", "throttle", "event
 Key = tuple[Quantity, str]
 Reading = Mapping[Key, float]
 
+OFF = -256.0  # degrees that a Jetson shows while a sensor's unit is off
+
 
 class Unreadable(Exception):
     """A source is not there, or not for this user; the message says which and why, without a full stop."""

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 
-from edge.telemetry.reading import Key, Reading, Unreadable
+from edge.telemetry.reading import OFF, Key, Reading, Unreadable
 
 _RAIL = re.compile(r"\b([A-Z][A-Z0-9_]*) (\d+)(?:mW(?:/\d+mW)+|/\d+)(?=\s|$)")
 _ZONE = re.compile(r"\b([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C\b")
@@ -21,7 +21,6 @@ _GPU = re.compile(r"\bGR3D2?_FREQ (?:\d+%)?@\[?([\d,]+)")
 _MEMORY = re.compile(r"\bEMC_FREQ (?:\d+%)?@(\d+)")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
 PATIENCE = 2.0  # seconds until the first line, beyond its interval
-OFF = -256.0  # degrees that a sensor shows while its unit is off
 
 
 def parse_line(line: str) -> Reading:
