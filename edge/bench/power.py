@@ -61,7 +61,7 @@ def power_cells(
 ) -> list[list[str]]:
     """Rows under POWER_HEADINGS; none where no case has power. `around` encloses a spread."""
     rows = []
-    for case in (result.telemetry for result in cases if result.telemetry):
+    for label, case in _read(cases):
         figures = (
             prefill_w(case),
             decode_w(case),
@@ -74,18 +74,18 @@ def power_cells(
         for index in (0, 1, 2, 4):
             if text := spread(figures[index]):
                 cells[index] += f"{around[0]}{text}{around[1]}"
-        rows.append([f"{case.prompt_tokens:,}", *cells])
+        rows.append([label, *cells])
     return rows if any(cell != number(None) for row in rows for cell in row[1:]) else []
 
 
 def clock_table(cases: Sequence[CaseResult], none: str) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of clocks, heat and throttling; no rows where nothing of it was readable."""
-    found = [result.telemetry for result in cases if result.telemetry]
-    units = [unit for unit in UNITS if any(unit in case.clocks for case in found)]
+    found = _read(cases)
+    units = [unit for unit in UNITS if any(unit in case.clocks for _, case in found)]
     headings = ["Context", *(f"{unit[:1].upper()}{unit[1:]} MHz" for unit in units), "Hottest", "Throttled"]
     rows = []
-    for case in found:
-        cells = [f"{case.prompt_tokens:,}"]
+    for label, case in found:
+        cells = [label]
         for unit in units:
             clock = case.clocks.get(unit)
             cells.append(f"{clock.median / 1e6:,.0f} ({clock.lowest / 1e6:,.0f})" if clock else none)
@@ -129,18 +129,18 @@ def sensor_facts(telemetry: Telemetry | None) -> dict[str, str]:
 
 def power_notes(cases: Sequence[CaseResult], telemetry: Telemetry | None) -> list[str]:
     """What makes power or speed of these cases doubtful, one sentence each."""
-    found = [result.telemetry for result in cases if result.telemetry]
+    found = _read(cases)
     notes = [
-        f"Clocks were held down at {case.prompt_tokens:,} tokens: {', '.join(case.throttled)}."
-        for case in found
+        f"Clocks were held down at {label} tokens: {', '.join(case.throttled)}."
+        for label, case in found
         if case.throttled
     ]
     for unit in UNITS:
-        moved = [(case.clocks[unit].moved, case.prompt_tokens) for case in found if unit in case.clocks]
+        moved = [(case.clocks[unit].moved, label) for label, case in found if unit in case.clocks]
         if moved and max(moved)[0] > UNSTEADY_CLOCK:
             share, tokens = max(moved)
             whose = f"The {unit}'s clock" if unit != "memory" else "The memory's clock"
-            notes.append(f"{whose} moved by {share:.0%} within a case ({tokens:,} tokens), and speed with it.")
+            notes.append(f"{whose} moved by {share:.0%} within a case ({tokens} tokens), and speed with it.")
     if telemetry and telemetry.jetson:
         loose = [unit for unit, locked in telemetry.locked.items() if not locked]
         if loose or not telemetry.locked:
@@ -151,14 +151,19 @@ def power_notes(cases: Sequence[CaseResult], telemetry: Telemetry | None) -> lis
     return notes
 
 
-def _too_short(cases: Sequence[CaseTelemetry], interval: float) -> list[str]:
+def _read(cases: Sequence[CaseResult]) -> list[tuple[str, CaseTelemetry]]:
+    """The cases with telemetry, each with the context it is called by."""
+    return [(f"{result.case.prompt_tokens:,}", result.telemetry) for result in cases if result.telemetry]
+
+
+def _too_short(cases: Sequence[tuple[str, CaseTelemetry]], interval: float) -> list[str]:
     """Phases without energy, because fewer samples fell into them than it takes."""
     least = LEAST_SAMPLES * interval
     notes = []
     for phase in ("prefill", "decode"):
         missing = [
-            f"{case.prompt_tokens:,}"
-            for case in cases
+            label
+            for label, case in cases
             if any(_phase(run, phase)[0] is None and _phase(run, phase)[1] > 0 for run in case.runs)
         ]
         if missing:

@@ -59,7 +59,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class CaseTelemetry:
-    """One case: `runs` are its repetitions, `decode_tokens` those whose interval was timed (all but the first).
+    """One case: `runs` are its repetitions; `prompt_tokens` and `decode_tokens` what their phases computed.
+
+    The first token of a reply comes out of the prefill, and is in neither.
 
     hottest: degrees Celsius by zone, of the hottest zone only. throttled: what held clocks down, in words; None if the
     machine does not tell. idle_w: power before the benchmark.
