@@ -18,6 +18,7 @@ from edge.bench.decode import decode
 from edge.bench.report import SCHEMA_VERSION, Report, from_dict, load_report, to_json
 from edge.bench.samples import BenchCase, Repetition
 from tests.bench_samples import full_report, reports
+from tests.telemetry_samples import TELEMETRY, case_telemetry
 
 SCHEMA = json.loads(Path(edge.bench.__file__).with_name("report.schema.json").read_text())
 VALIDATOR = Draft202012Validator(SCHEMA)
@@ -37,6 +38,8 @@ def test_every_report_is_valid(report: Report) -> None:
 
 def test_a_report_with_everything_is_valid_and_comes_back() -> None:
     report = full_report()
+    cases = [replace(result, telemetry=case_telemetry(1000, 50)) for result in report.cases]
+    report = replace(report, cases=tuple(cases), telemetry=TELEMETRY)
     values = json.loads(to_json(report))
     VALIDATOR.validate(values)
     assert from_dict(values) == report

@@ -15,6 +15,8 @@ from markupsafe import Markup
 from edge.bench import svg
 from edge.bench.machine import Machine
 from edge.bench.numbers import format_bytes, format_number, format_ratio, format_seconds
+from edge.bench.power import power_lines, sensor_facts
+from edge.bench.power_plots import time_plots
 from edge.bench.report import SCHEMA_VERSION, Report, compare_peers, execution, notes
 from edge.bench.samples import PERCENTILES, CaseResult, Summary
 from edge.bench.sections import case_cells, case_headings, sections
@@ -27,6 +29,7 @@ from edge.bench.tables import (
     peer_case,
     peer_name,
     peer_sources,
+    power_tables,
     workload_line,
 )
 
@@ -86,8 +89,14 @@ def render_html(report: Report) -> str:
         case_headings=case_headings(report),
         case_cells=lambda case: case_cells(report, case),
         ledger=ledger_cells(report),
+        power_tables=power_tables(report, "\n", ""),
+        power_figures=[
+            Figure(plot.identity, plot.heading, plot.caption, Markup(plot.plot))
+            for plot in time_plots(report.cases, report.telemetry, format_number)
+        ],
+        power_lines=power_lines(report.telemetry),
         notes=notes(report),
-        machine_facts=_machine_facts(report.machine, report.other_cpu),
+        machine_facts=_machine_facts(report.machine, report.other_cpu) | sensor_facts(report.telemetry),
         engine_facts={ENGINE_LABELS.get(k, _label(k)): v for k, v in report.engine.items()},
         percentiles=PERCENTILES,
         number=format_number,

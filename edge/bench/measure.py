@@ -18,6 +18,7 @@ from edge.errors import EdgeError, UsageError
 from edge.memory.measured import Compared
 from edge.sampler import SamplingParams
 from edge.speculation.statistics import Speculated
+from edge.telemetry.figures import CaseTelemetry, Run
 
 Clock = Callable[[], float]
 Progress = Callable[[int, int, str], None]
@@ -46,6 +47,12 @@ class BenchEngine(Protocol):
     def ledger(self) -> Sequence[Compared]: ...
 
 
+class Meter(Protocol):
+    """What reads the machine's sensors meanwhile, with the benchmark's clock (edge/telemetry/recorder.py)."""
+
+    def case(self, prompt_tokens: int, decode_tokens: int, runs: Sequence[Run]) -> CaseTelemetry: ...
+
+
 def measure_cases(
     engine: BenchEngine,
     cases: Sequence[BenchCase],
@@ -54,6 +61,7 @@ def measure_cases(
     seed: int = 0,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
+    meter: Meter | None = None,
 ) -> tuple[CaseResult, ...]:
     """Run each case once to warm up and `repeat` times under the clock, greedily and past any end token.
 
@@ -73,7 +81,7 @@ def measure_cases(
                 what = f"repetition {run} of {repeat}" if run else "warm-up"
                 progress(base + run, len(ordered) * (repeat + 1), f"{label}, {what}")
 
-        results.append(_measure_case(engine, case, repeat, seed, clock, tell))
+        results.append(_measure_case(engine, case, repeat, seed, clock, tell, meter))
     if progress:
         progress(len(ordered) * (repeat + 1), len(ordered) * (repeat + 1), "done")
     return tuple(sorted(results, key=lambda r: (r.case.batch, r.case.prompt_tokens, r.case.new_tokens)))
@@ -98,25 +106,35 @@ def hash_prompts(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def _measure_case(
-    engine: BenchEngine, case: BenchCase, repeat: int, seed: int, clock: Clock, tell: Callable[[int], None]
+    engine: BenchEngine,
+    case: BenchCase,
+    repeat: int,
+    seed: int,
+    clock: Clock,
+    tell: Callable[[int], None],
+    meter: Meter | None,
 ) -> CaseResult:
     """The warm-up and all repetitions of one case."""
     peak_was_reset = reset_peak_memory()
     speculation = engine.speculation if isinstance(engine, Engine) else None
     before = Speculated()
-    repetitions, plain = [], []
+    repetitions, windows, plain = [], [], []
     for run in range(repeat + 1):
         tell(run)
         prompts = make_prompts(case, seed, run, engine.vocab_size)
-        repetition, memory = _time_run(engine, prompts, case, clock, peak_was_reset)
+        repetition, memory, window = _time_run(engine, prompts, case, clock, peak_was_reset)
         repetitions.append(repetition)
+        windows.append(window)
         if speculation is not None:
             plain.append(_time_batch(engine, prompts, case, clock, peak_was_reset, speculate=False)[0])
             if run == 0:
                 before.merge(speculation.totals)
     found = None if speculation is None else _speculated(before, speculation.totals, plain[1:])
     hashed = hash_prompts(make_prompts(case, seed, 1, engine.vocab_size))
-    return CaseResult(case, tuple(repetitions[1:]), memory, hashed, found)
+    telemetry = None
+    if meter is not None:
+        telemetry = meter.case(case.batch * case.prompt_tokens, case.batch * (case.new_tokens - 1), windows[1:])
+    return CaseResult(case, tuple(repetitions[1:]), memory, hashed, found, telemetry)
 
 
 def _speculated(before: Speculated, after: Speculated, plain: Sequence[Repetition]) -> SpeculationResult:
@@ -160,7 +178,7 @@ def _check(cases: Sequence[BenchCase], repeat: int, max_context: int) -> None:
 
 def _time_run(
     engine: BenchEngine, prompts: Sequence[Sequence[int]], case: BenchCase, clock: Clock, peak_was_reset: bool
-) -> tuple[Repetition, MemoryUse]:
+) -> tuple[Repetition, MemoryUse, Run]:
     """Time one run of a case; memory is read at its last token, while the whole context is still held."""
     if case.batch > 1:
         return _time_batch(engine, prompts, case, clock, peak_was_reset)
@@ -176,7 +194,7 @@ def _time_run(
     if surplus or len(arrivals) < case.new_tokens:
         _refuse_count(f"more than {case.new_tokens}" if surplus else f"only {len(arrivals)}", case)
     gaps = tuple(_rounded(b - a) for a, b in pairwise(arrivals))
-    return Repetition(_rounded(arrivals[0] - start), gaps), memory
+    return Repetition(_rounded(arrivals[0] - start), gaps), memory, Run(start, arrivals[0], arrivals[-1])
 
 
 def _time_batch(
@@ -187,7 +205,7 @@ def _time_batch(
     peak_was_reset: bool,
     *,
     speculate: bool = True,
-) -> tuple[Repetition, MemoryUse]:
+) -> tuple[Repetition, MemoryUse, Run]:
     """The same of sequences that the engine steps together, or of one that it decodes plainly."""
     assert isinstance(engine, Engine)
     run = time_batch(engine, prompts, _greedy(case), clock, peak_was_reset=peak_was_reset, speculate=speculate)
@@ -199,7 +217,7 @@ def _time_batch(
         tuple(map(_rounded, run.first_tokens)),
         _rounded(run.end - run.first),
     )
-    return repetition, run.memory
+    return repetition, run.memory, Run(run.start, run.first, run.end)
 
 
 def _greedy(case: BenchCase) -> SamplingParams:

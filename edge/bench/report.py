@@ -17,10 +17,13 @@ from edge.bench.identity import Identity
 from edge.bench.machine import Machine, describe_machine, other_cpu_share, read_cpu_clock
 from edge.bench.measure import BenchEngine, Clock, Progress, measure_cases
 from edge.bench.options import BenchOptions, PeerRow, WorkloadFacts
+from edge.bench.power import power_figures, power_notes
 from edge.bench.roofline import Roofline
 from edge.bench.samples import CaseResult, Summary
 from edge.errors import EdgeError
 from edge.memory.measured import Compared
+from edge.telemetry.figures import Telemetry
+from edge.telemetry.recorder import Recorder
 
 SCHEMA_VERSION = 2  # report.schema.json describes it; reports of version 1 lack fields that have defaults
 BUSY_SHARE = 0.10
@@ -32,8 +35,8 @@ class Report:
     """One benchmark: raw samples, the machine, the engine, and optional rows of other engines.
 
     `other_cpu` is the share (0..1) of the machine's CPU time that other processes took meanwhile. `ledger`: the lines
-    of the plan beside what all cases together took. `skipped`: cases that do not fit. None: roofline, gate and identity
-    were not asked for, or the report is older than they are.
+    of the plan beside what all cases together took. `skipped`: cases that do not fit. `telemetry`: how the sensors were
+    read. None: roofline, gate, identity and telemetry were not asked for, or the report is older than they are.
     """
 
     cases: Sequence[CaseResult]
@@ -48,6 +51,7 @@ class Report:
     roofline: Roofline | None = None
     gate: Gate | None = None
     identity: Identity | None = None
+    telemetry: Telemetry | None = None
 
     @property
     def has_batches(self) -> bool:
@@ -80,11 +84,17 @@ def run_bench(
     *,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
+    meter: Recorder | None = None,
 ) -> Report:
-    """Measure the cases on `engine` (see `measure_cases`) and add the facts of machine and engine."""
+    """Measure the cases on `engine` (see `measure_cases`) and add the facts of machine and engine.
+
+    `meter`, which must go by `clock`, adds power, clocks and temperatures.
+    """
+    if meter:
+        meter.idle()
     before = read_cpu_clock()
     cases, repeat, seed = options.cases, options.repeat, options.seed
-    results = measure_cases(engine, cases, repeat=repeat, seed=seed, clock=clock, progress=progress)
+    results = measure_cases(engine, cases, repeat=repeat, seed=seed, clock=clock, progress=progress, meter=meter)
     after, machine = read_cpu_clock(), describe_machine()
     return Report(
         results,
@@ -96,6 +106,7 @@ def run_bench(
         tuple(engine.ledger()),
         tuple(options.skipped),
         options.workload,
+        telemetry=meter.summary() if meter else None,
     )
 
 
@@ -123,7 +134,7 @@ def case_figures(result: CaseResult) -> dict[str, Any]:
             "draft_share": result.draft_share,
             "plain_decode_tok_s": done.plain_decode_tok_s and asdict(done.plain_decode_tok_s),
         }
-    return figures
+    return figures | power_figures(result)
 
 
 def compare_peers(report: Report) -> list[Comparison]:
@@ -159,7 +170,7 @@ def notes(report: Report) -> list[str]:
         found.append("Fewer than 100 inter-token intervals in some cases: their p99 is close to the maximum.")
     if any(result.memory.peak_scope == "process" for result in report.cases):
         found.append("The kernel did not let the peak be reset: peak memory is that of the whole process.")
-    return found
+    return found + power_notes(report.cases, report.telemetry)
 
 
 def _ratio(ours: float | None, theirs: float | None) -> float | None:

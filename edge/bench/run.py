@@ -11,11 +11,14 @@ from edge.bench.options import BenchOptions
 from edge.bench.report import Report, run_bench
 from edge.bench.roofline import make_roofline
 from edge.engine import Engine
+from edge.telemetry.recorder import Recorder
 
 
-def bench_engine(engine: Engine, options: BenchOptions, progress: Progress | None = None) -> Report:
+def bench_engine(
+    engine: Engine, options: BenchOptions, progress: Progress | None = None, meter: Recorder | None = None
+) -> Report:
     """`run_bench`, then roofline, quality gate and identity: they come last, so that they warm and heat nothing."""
-    report = run_bench(engine, options, progress=progress)
+    report = run_bench(engine, options, progress=progress, meter=meter)
     return replace(
         report,
         roofline=make_roofline(engine, report.cases, report.machine.board),

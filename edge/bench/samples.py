@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from edge.bench.machine import MemoryUse
+from edge.telemetry.figures import CaseTelemetry
 
 PERCENTILES = (50, 90, 99)
 # two-sided 95 % quantiles of Student's t for 1..9 degrees of freedom
@@ -111,7 +112,8 @@ class SpeculationResult:
 class CaseResult:
     """All raw samples of one case and the figures that follow from them.
 
-    prompts_sha256: of the first timed run's prompts, "" in older reports; equal hashes are equal prompts.
+    prompts_sha256: of the first timed run's prompts, "" in older reports; equal hashes are equal prompts. telemetry: if
+    sensors were read.
     """
 
     case: BenchCase
@@ -119,11 +121,12 @@ class CaseResult:
     memory: MemoryUse
     prompts_sha256: str = ""
     speculation: SpeculationResult | None = None
+    telemetry: CaseTelemetry | None = None
 
     @property
     def ttft_s(self) -> Summary:
         """Time to first token, seconds: prefill of the whole prompt, or of all prompts, plus sampling once."""
-        return _summary([r.ttft_s for r in self.repetitions])
+        return summarize([r.ttft_s for r in self.repetitions])
 
     @property
     def prefill_tok_s(self) -> Summary | None:
@@ -172,10 +175,11 @@ def _rate(samples: Sequence[tuple[int, float]]) -> Summary | None:
     """Tokens per second over (tokens, seconds) samples; None if there are none, or any has no tokens or duration."""
     if not samples or any(tokens == 0 or seconds <= 0 for tokens, seconds in samples):
         return None
-    return _summary([tokens / seconds for tokens, seconds in samples])
+    return summarize([tokens / seconds for tokens, seconds in samples])
 
 
-def _summary(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float]) -> Summary:
+    """Of one figure's values, one a repetition."""
     return Summary(float(np.median(values)), min(values), max(values), _mean_interval(values))
 
 

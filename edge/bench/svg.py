@@ -59,6 +59,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A named stretch of the x axis, shaded behind the lines."""
+
+    name: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Bar:
     """A bar of height `value`, of which `part` is shown solid; both in the unit of the axis."""
 
@@ -102,12 +111,21 @@ def binary_text(value: float) -> str:
     return f"{value:g}"
 
 
-def line_plot(identity: str, title: str, description: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
-    """An inline <svg>: one line a series, markers, whiskers and labels at its labelled points."""
+def line_plot(
+    identity: str,
+    title: str,
+    description: str,
+    x: Axis,
+    y: Axis,
+    series: Sequence[Series],
+    bands: Sequence[Band] = (),
+) -> str:
+    """An inline <svg>: one line a series, markers, whiskers and labels at its labelled points, bands behind."""
     svg = _canvas(identity, title, description)
     names = [s.name for s in series] if len(series) > 1 else []
     top = _legend(svg, [(name, _swatch_line) for name in names])
     frame = _Frame(x, y, top)
+    _draw_bands(svg, frame, bands)
     _draw_axes(svg, frame)
     if not series:
         centre, middle = (LEFT + WIDTH - RIGHT) / 2, (top + HEIGHT - BOTTOM) / 2
@@ -232,6 +250,17 @@ def _swatch_whole(parent: ET.Element, _: int) -> None:
 def _swatch_part(parent: ET.Element, _: int) -> None:
     parent.set("class", "s0")
     _add(parent, "rect", cls="part", x=6, y=-2, width=18, height=12)
+
+
+def _draw_bands(svg: ET.Element, frame: _Frame, bands: Sequence[Band]) -> None:
+    """Shades in turn darker and lighter; a name where it fits."""
+    for index, band in enumerate(bands):
+        left, right = frame.px(band.low), frame.px(band.high)
+        tall = HEIGHT - BOTTOM - frame.top
+        shade = _add(svg, "rect", cls=f"band band{index % 2}", x=left, y=frame.top, width=right - left, height=tall)
+        _add(shade, "title", text=band.name)
+        if right - left > CHARACTER * len(band.name) + 6:
+            _add(svg, "text", cls="nothing", x=(left + right) / 2, y=HEIGHT - BOTTOM - 7.0, text=band.name)
 
 
 def _draw_axes(svg: ET.Element, frame: _Frame) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import fill
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,6 +15,7 @@ from rich.text import Text
 from edge.bench.machine import Machine
 from edge.bench.numbers import NONE, format_bytes, format_number, format_ratio, format_seconds
 from edge.bench.options import PeerRow
+from edge.bench.power import POWER_HEADINGS, clock_table, power_cells, power_lines
 from edge.bench.report import Report, compare_peers, execution, notes
 from edge.bench.samples import PERCENTILES, CaseResult, Summary
 from edge.bench.sections import Section, case_cells, case_headings, sections
@@ -22,6 +24,14 @@ from edge.memory.measured import Compared, totals
 
 LEDGER_HEADINGS = ("Memory", "Planned", "Measured", "Difference")
 PEER_HEADINGS = ("Engine", "Context", "Prefill tok/s", "ours / it", "Decode tok/s", "ours / it")
+
+
+class CaptionedTable(NamedTuple):
+    """A table's caption, its headings and its rows; the first column names the row."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def format_spread(summary: Summary | None) -> str:
@@ -95,6 +105,18 @@ def workload_line(report: Report) -> str:
     return f"{repeats} after a warm-up, {new} each"
 
 
+def power_tables(report: Report, before_spread: str, after_spread: str) -> list[CaptionedTable]:
+    """Power, and clocks; without those of which the machine showed nothing."""
+    around = before_spread, after_spread
+    power = power_cells(report.cases, format_number, format_spread, around)
+    headings, clocks = clock_table(report.cases, NONE)
+    tables = [
+        CaptionedTable("Medians of the repetitions, and the lowest to the highest.", POWER_HEADINGS, power),
+        CaptionedTable("Clocks over all repetitions: the median, in brackets the lowest.", headings, clocks),
+    ]
+    return [table for table in tables if table.rows]
+
+
 def terminal(report: Report) -> RenderableType:
     """The report for a terminal of 80 columns; readable without colour and when piped into a file."""
     parts: list[RenderableType] = [
@@ -115,6 +137,9 @@ def terminal(report: Report) -> RenderableType:
     if report.ledger:
         parts += [Text(), _named_table(LEDGER_HEADINGS, ledger_cells(report))]
         parts.append(Text("Process and headroom are bounds; the total leaves out what is elsewhere.", style="dim"))
+    for table in power_tables(report, "\n", ""):
+        parts += [Text(), _named_table(table.headings, table.rows), Text(table.caption, style="dim")]
+    parts += [Text(line, style="dim") for line in power_lines(report.telemetry)]
     if found := notes(report):
         parts += [Text(), *(Text(f"Note: {note}") for note in found)]
     return Group(*parts)
@@ -142,6 +167,10 @@ def markdown(report: Report) -> str:
         lines += ["", f"## {section.heading}", "", *_markdown_table(names, section.rows), "", _plain(section.caption)]
     if report.ledger:
         lines += ["", *_markdown_table(LEDGER_HEADINGS, ledger_cells(report))]
+    for table in power_tables(report, " (", ")"):
+        lines += ["", *_markdown_table(table.headings, table.rows), "", table.caption]
+    for line in power_lines(report.telemetry):
+        lines += ["", _plain(line)]
     lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
     return "\n".join(lines) + "\n"
 

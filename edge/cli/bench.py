@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from edge.errors import EdgeError, UsageError
 if TYPE_CHECKING:
     from edge.bench.workload import Workload
     from edge.engine import Engine
+    from edge.telemetry.recorder import Recorder
 
 Bundle = Annotated[Path | None, typer.Argument(help="Folder that `edge export` wrote.", metavar="BUNDLE")]
 Static = Annotated[
@@ -47,6 +49,10 @@ Gate = Annotated[
 Html = Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write the report as Markdown.")]
 Output = Annotated[Path | None, typer.Option(help="Write the report as JSON.")]
+SENSORS = 100  # milliseconds
+Sensors = Annotated[
+    int, typer.Option(min=0, metavar="MS", help="Read power, clocks and temperatures so often; 0: not at all.")
+]
 
 
 def bench(
@@ -72,6 +78,7 @@ def bench(
     offload: opt.Offload = None,
     speculative: opt.Speculative = None,
     peer: Peers = None,
+    sensors: Sensors = SENSORS,
     json: opt.Json = False,
 ) -> None:
     """Measure prefill and decode speed, latency percentiles and peak memory, beside what the hardware allows.
@@ -145,8 +152,8 @@ def _measure(bundle: Path, workload: Workload, given: Mapping[str, Any], gate: b
 
     engine, cases, skipped = open_fitting(workload.cases(), open_engine)
     options = BenchOptions(cases, workload.repetitions, workload.seed, peers, skipped, workload.facts, gate=gate)
-    with progress_bar("measuring", quiet=json) as progress:
-        report = bench_engine(engine, options, progress)
+    with progress_bar("measuring", quiet=json) as progress, _meter(given.get("sensors", SENSORS)) as meter:
+        report = bench_engine(engine, options, progress, meter)
     write_forms(wanted, report)
     print(to_json(report)) if json else out.print(terminal(report))
     if report.gate is not None and (failure := report.gate.failure) is not None:
@@ -184,6 +191,13 @@ def _list_workloads(json: bool) -> None:
         return
     for each in facts:
         out.print(Text.assemble((f"{each.name}\n", "bold"), f"  {each.description}\n  for {each.model}"))
+
+
+def _meter(milliseconds: int) -> AbstractContextManager[Recorder | None]:
+    """The machine's sensors, or none."""
+    from edge.telemetry.recorder import open_recorder
+
+    return open_recorder(milliseconds / 1e3) if milliseconds else nullcontext()
 
 
 def _report_static(given: Mapping[str, Any], json: bool) -> None:

@@ -25,6 +25,7 @@ _JETPACK = {
     (39, 2, 0): "7.2",
     (39, 2, 1): "7.2.1",
 }
+MEMORY_CLOCK = "/sys/kernel/debug/bpmp/debug/clk/emc"  # for root, and gone in JetPack 7
 _MAJOR = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 
 
@@ -97,21 +98,23 @@ def power_mode(machine: Machine) -> PowerMode | None:
     return None
 
 
-def clocks(machine: Machine) -> dict[str, Clock]:
-    """Of 'GPU' and 'memory', where this user may read them.
+def devfreq_unit(name: str) -> str | None:
+    """Whose clock a folder of /sys/class/devfreq has: 'GPU' (17000000.gpu, .ga10b before JetPack 6; gpu-gpc-0 after
+    Orin) or, from JetPack 7 on, 'memory' (bwmgr)."""
+    if name == "bwmgr":
+        return "memory"
+    return "GPU" if re.search(r"\.(gpu|ga10b)$|^gpu-gpc", name) else None
 
-    /sys/class/devfreq has the GPU (17000000.gpu, .ga10b before JetPack 6; gpu-gpc-0 after Orin) and from JetPack 7 on
-    the memory (bwmgr); before, only root sees the memory's clock, in debugfs.
-    """
+
+def clocks(machine: Machine) -> dict[str, Clock]:
+    """Of 'GPU' and 'memory', where this user may read them: before JetPack 7 only root sees the memory's."""
     found = {}
     for path in machine.matching("/sys/class/devfreq/*/cur_freq"):
-        name = path.parent.name
-        what = "memory" if name == "bwmgr" else "GPU" if re.search(r"\.(gpu|ga10b)$|^gpu-gpc", name) else None
+        what = devfreq_unit(path.parent.name)
         numbers = _numbers(machine, [str(path.with_name(f"{which}_freq")) for which in ("cur", "min", "max")])
         if what and numbers:
             found[what] = Clock(numbers[0], numbers[2], locked=numbers[1] == numbers[2])
-    emc = "/sys/kernel/debug/bpmp/debug/clk/emc"
-    if numbers := _numbers(machine, [f"{emc}/{name}" for name in ("rate", "max_rate", "mrq_rate_locked")]):
+    if numbers := _numbers(machine, [f"{MEMORY_CLOCK}/{name}" for name in ("rate", "max_rate", "mrq_rate_locked")]):
         found.setdefault("memory", Clock(numbers[0], numbers[1], locked=numbers[2] == 1))
     return found
 

@@ -108,9 +108,10 @@ class Machine:
         return {path: found[path] for path in sorted(found) if path.match(pattern)}
 
 
-def gather(root: Path = Path("/"), run: Run | None = None) -> Machine:
-    """Read the facts below `root` and ask the commands, each in a child process, all at once."""
+def gather(root: Path = Path("/"), run: Run | None = None, only: Sequence[str] = ()) -> Machine:
+    """Read the facts below `root` and ask the commands, or `only` some, each in a child process, all at once."""
     commands = {**COMMANDS, **{name: probe_command(name) for name in PROBES}}
+    commands = {name: command for name, command in commands.items() if not only or name in only}
     with ThreadPoolExecutor(len(commands)) as pool:
         outputs = dict(zip(commands, pool.map(run or run_command, commands.values()), strict=True))
     files = {}
