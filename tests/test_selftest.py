@@ -6,10 +6,12 @@ import gc
 import io
 import json
 import os
+import shutil
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -20,8 +22,11 @@ from edge.bundle import open_bundle
 from edge.cli.app import run_command
 from edge.config import SparseConfig
 from edge.cuda import Device, Kernels, open_device
+from edge.engine import open_engine
+from edge.plan import EngineOptions
 from edge.selftest import kernels as selftest
 from edge.selftest.kernels import ModelResult, Result, run_model, run_vector
+from edge.selftest.model import GOLDEN
 from edge.selftest.report import SelftestReport, failure, terminal, to_values
 from edge.selftest.vectors import PUBLISHED, ModelKernels, decode_vectors, kernels_of, vectors_for
 from plugins.build.cache import ROOT
@@ -156,17 +161,10 @@ def test_a_wrong_kernel_ends_in_one_sentence(
     assert "is allowed" in printed.err and printed.err.count("\n") == 1
 
 
-def test_a_bundle_without_kernels_for_the_device_says_so(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundle_without_kernels_for_the_device_says_so(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with emulated_gpu("sm_87"):
         assert run_command(["selftest", str(bundle)], debug=False) == 1
         assert "has no kernels for this GPU (sm_87)" in capsys.readouterr().err
-    with emulated_gpu(ARCHITECTURE):
-        checkpoint = open_checkpoint(write_hf_checkpoint(tmp_path / "checkpoint", tiny_config()))
-        cpu = export_bundle(checkpoint, tmp_path / "cpu", ExportOptions(weights=WeightFormat("exact")))
-        assert run_command(["selftest", str(cpu)], debug=False) == 1
-        assert "the bundle is for onnxruntime, with float32 activations" in capsys.readouterr().err
 
 
 # ---- the report of a real device -------------------------------------------------------------------------------
@@ -205,3 +203,63 @@ def test_a_failure_names_kernel_error_and_tolerance() -> None:
     sentence = failure(report_of(ORIN, right, wrong, wrong))
     assert sentence is not None and sentence.startswith("attend_split, combine on Orin: output of attend_split 1 at")
     assert "off by 2.5e-01 where 3.0e-03 is allowed; 1 more vector is wrong" in sentence
+
+
+# ---- golden tokens of a bundle ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle for the CPU whose tokens were recorded."""
+    copy = tmp_path / "recorded"
+    shutil.copytree(tiny_bundle, copy)
+    assert run_command(["selftest", str(copy), "--record"], debug=True) == 0
+    return copy
+
+
+def test_a_bundle_for_the_cpu_must_give_the_tokens_of_its_record(
+    recorded: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((recorded / GOLDEN).read_text())
+    assert open_bundle(recorded).manifest.key == open_bundle(tiny_bundle).manifest.key
+    # The tokens are the model's likeliest ones, and none was a near tie: by the logits of a run without a cache.
+    ids = record["prompt"] + record["tokens"]
+    logits = logits_of(recorded, ids)[len(record["prompt"]) - 1 : -1]
+    assert logits.argmax(1).tolist() == record["tokens"]
+    ordered = np.sort(logits, 1)
+    assert (ordered[:, -1] - ordered[:, -2] >= 0.1).all() and 4 <= len(record["tokens"]) <= 16
+    capsys.readouterr()
+    assert run_command(["selftest", str(recorded), "--json"], debug=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["passed"] and said["device"] is None and said["golden"]["expected"] == record["tokens"]
+
+    record["tokens"][2] ^= 1
+    (recorded / GOLDEN).write_text(json.dumps(record))
+    assert run_command(["selftest", str(recorded)], debug=False) == 1
+    printed = capsys.readouterr()
+    assert f"golden token 3 of {len(record['tokens'])} is" in printed.err and "ONNX Runtime on the CPU" in printed.out
+
+
+def test_without_a_record_the_cpu_kernels_run_the_selftest_model(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["selftest", str(tiny_bundle)], debug=True) == 0
+    assert "all 32 golden tokens came" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"prompt": [1], "tokens": []}', '{"prompt": [1], "tokens": [320]}', "7"])
+def test_a_damaged_record_is_one_sentence(text: str, recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (recorded / GOLDEN).write_text(text)
+    assert run_command(["selftest", str(recorded)], debug=False) == 1
+    assert f"{GOLDEN} is damaged" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_record_needs_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["selftest", "--record"], debug=False) == 2
+    assert "--record needs the bundle" in capsys.readouterr().err
+
+
+def logits_of(bundle: Path, ids: list[int]) -> np.ndarray:
+    """[tokens, vocabulary], of the whole sequence at once."""
+    engine = open_engine(bundle, EngineOptions(context=256, logits_rows=128))
+    return engine.logits(ids, len(ids))

@@ -18,15 +18,26 @@ from edge.selftest.kernels import ModelResult, Result, is_emulated
 from edge.selftest.model import GoldenResult
 
 EMULATED = "emulated here"
+ON_CPU = "ONNX Runtime on the CPU"
 
 
 @dataclass(frozen=True)
 class SelftestReport:
-    """The kernels of some models on one device, and the tokens of the self-test's model if that was run."""
+    """The kernels of some models on one device, and golden tokens if any were run; no device: on the CPU."""
 
-    device: Device
+    device: Device | None
     models: Sequence[ModelResult]
     golden: GoldenResult | None = None
+
+    @property
+    def where(self) -> str:
+        """What it ran on."""
+        return ON_CPU if self.device is None else self.device.name
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the device is none."""
+        return self.device is not None and is_emulated(self.device)
 
     @property
     def failures(self) -> list[Result]:
@@ -38,12 +49,12 @@ def failure(report: SelftestReport) -> str | None:
     """One sentence about the first wrong kernel, else about wrong tokens; None if all is right."""
     if not report.failures:
         golden = report.golden
-        return None if golden is None or golden.passed else f"{report.device.name}: {golden.describe()}"
+        return None if golden is None or golden.passed else f"{report.where}: {golden.describe()}"
     first, *others = report.failures
     wrong = first.deviation
     more = f"; {len(others)} more {'vector is' if len(others) == 1 else 'vectors are'} wrong" if others else ""
     return (
-        f"{', '.join(first.kernels)} on {report.device.name}: {wrong.buffer} of {first.name} is off by "
+        f"{', '.join(first.kernels)} on {report.where}: {wrong.buffer} of {first.name} is off by "
         f"{format_error(wrong.error)} where {format_error(wrong.allowed)} is allowed{more}; do not use this device "
         "with this build, and report it"
     )
@@ -59,19 +70,23 @@ def to_values(report: SelftestReport) -> dict[str, Any]:
     device = report.device
     return {
         "schema_version": 1,
-        "device": {
-            "name": device.name,
-            "architecture": device.architecture,
-            "multiprocessors": device.multiprocessors,
-            "memory_bytes": device.total_memory,
-            "driver": list(device.driver_version),
-        },
-        "execution": EMULATED if is_emulated(device) else "measured here",
+        "device": None if device is None else _device_values(device),
+        "execution": EMULATED if report.emulated else "measured here",
         "passed": failure(report) is None,
         "golden": None if report.golden is None else {"passed": report.golden.passed, **asdict(report.golden)},
         "models": [
             {"title": model.title, "vectors": [_values(result) for result in model.results]} for model in report.models
         ],
+    }
+
+
+def _device_values(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "architecture": device.architecture,
+        "multiprocessors": device.multiprocessors,
+        "memory_bytes": device.total_memory,
+        "driver": list(device.driver_version),
     }
 
 
@@ -93,7 +108,16 @@ def _values(result: Result) -> dict[str, Any]:
 
 def terminal(report: SelftestReport) -> RenderableType:
     """The report for a terminal; readable without colour and when piped into a file."""
-    device = report.device
+    parts: list[RenderableType] = [] if report.device is None else _kernels(report, report.device)
+    if report.golden is not None:
+        engine = ON_CPU if report.device is None else "TensorRT engine"
+        parts.append(Text(f"{engine}: {report.golden.describe()}.", style="" if report.golden.passed else "bold red"))
+    if report.device is not None and not report.emulated:
+        parts.append(Text("Times: medians of replayed CUDA graphs. GB/s: by bytes that must move.", style="dim"))
+    return Group(*parts)
+
+
+def _kernels(report: SelftestReport, device: Device) -> list[RenderableType]:
     driver = ".".join(map(str, device.driver_version))
     results = sum(len(model.results) for model in report.models)
     right = results - len(report.failures)
@@ -102,15 +126,9 @@ def terminal(report: SelftestReport) -> RenderableType:
         Text(f"{device.architecture}, {device.multiprocessors} multiprocessors, CUDA driver {driver}.\n"),
     ]
     for model in report.models:
-        parts += [Text(model.title, style="bold"), _table(model.results, emulated=is_emulated(device)), Text()]
+        parts += [Text(model.title, style="bold"), _table(model.results, emulated=report.emulated), Text()]
     parts.append(Text(f"{right} of {results} vectors are right.", style="green" if right == results else "bold red"))
-    if report.golden is not None:
-        parts.append(
-            Text(f"TensorRT engine: {report.golden.describe()}.", style="" if report.golden.passed else "bold red")
-        )
-    if not is_emulated(device):
-        parts.append(Text("Times: medians of replayed CUDA graphs. GB/s: by bytes that must move.", style="dim"))
-    return Group(*parts)
+    return parts
 
 
 def _table(results: Sequence[Result], *, emulated: bool) -> Table:

@@ -8,13 +8,15 @@ import socket
 import sys
 import time
 from collections.abc import Generator
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 
-from edge.errors import UsageError
+from edge.errors import EdgeError, UsageError
 from edge.server.app import make_app
+from edge.server.notify import Watchdog, notify
 from edge.server.service import Service
 
 log = logging.getLogger("edge.server")
@@ -60,6 +62,7 @@ class _Draining(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._watchdog: Watchdog | None = None
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -68,11 +71,32 @@ class _Draining(uvicorn.Server):
             yield
             self._captured_signals.clear()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn.Server."""
+        await super().startup(sockets)
+        if self.started:
+            notify("READY=1")
+            self._watchdog = Watchdog(lambda seconds: engine_moves(self._service, seconds))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn.Server."""
         self.force_exit = self.force_exit or self.should_exit
         self._service.draining = True
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        notify("STOPPING=1")
         super().handle_exit(sig, frame)
+
+
+def engine_moves(service: Service, seconds: float) -> bool:
+    """Whether requests are taken and the engine's thread comes to the end of a step within `seconds`."""
+    if service.draining or not service.worker.accepting:
+        return False
+    try:
+        service.worker.between_steps(lambda batcher: None).result(seconds)
+    except (EdgeError, TimeoutError, FutureTimeout):  # the last two are one from Python 3.11 on
+        return False
+    return True
 
 
 def serve(service: Service, listening: socket.socket, host: str) -> None:

@@ -1,0 +1,1 @@
+"""What the scripts in deploy/ do, with nothing but Python's standard library."""
