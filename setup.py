@@ -3,9 +3,9 @@
 One shared library an instruction set, picked at run time by plugins/ort/library.py. Without a C++ compiler the
 install still succeeds (the operators then run as ONNX functions: correct, slow) and says so.
 
-The variable EDGE_CPU says for which processor a wheel is: x86_64, aarch64 (on another machine, by Debian's cross compiler)
-or none, which gives a wheel for any machine, without the library. Then a build that fails is an error. `make wheels`
-builds all three.
+The variable EDGE_CPU says for which processor a wheel is: x86_64, aarch64 (on another machine, by Debian's cross
+compiler) or none, which gives a wheel for any machine, without the library. A build that fails is an error then.
+`make wheels` builds all three.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ WARNINGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-CHOSEN = os.environ.get("EDGE_CPU")
-CPU = CHOSEN or platform.machine()
-if CHOSEN and CHOSEN not in (*INSTRUCTION_SETS, "none"):
-    raise SystemExit(f"EDGE_CPU is {CHOSEN!r}; choose from {', '.join(INSTRUCTION_SETS)}, none")
+chosen = os.environ.get("EDGE_CPU")
+host = platform.machine()
+cpu = chosen or host
+if chosen and chosen not in (*INSTRUCTION_SETS, "none"):
+    raise SystemExit(f"EDGE_CPU is {chosen!r}; choose from {', '.join(INSTRUCTION_SETS)}, none")
 
 
 class BuildOperators(build_ext):
@@ -55,9 +56,9 @@ class BuildOperators(build_ext):
         return []
 
     def build_extensions(self) -> None:
-        if CPU != platform.machine():
+        if cpu != host:
             # All of them anew, since Python's flags are for this machine's compiler.
-            compiler = f"{CPU}-linux-gnu-g++"
+            compiler = f"{cpu}-linux-gnu-g++"
             compile_shared, link_shared = [compiler, "-fPIC"], [compiler, "-shared"]
             self.compiler.set_executables(
                 compiler_cxx=compiler,
@@ -91,8 +92,8 @@ class OperatorsWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, machine = super().get_tag()
-        if CPU != platform.machine() and not self.root_is_pure and not self.plat_name_supplied:
-            machine = f"linux_{CPU}"
+        if cpu != host and not self.root_is_pure and not self.plat_name_supplied:
+            machine = f"linux_{cpu}"
         return "py3", "none", machine
 
 
@@ -103,11 +104,11 @@ def operator_library(name: str, flags: list[str]) -> Extension:
         depends=[str(path) for path in sorted(Path("plugins").glob("*/*.h"))],
         extra_compile_args=[*FLAGS, *WARNINGS, *flags],
         language="c++",
-        optional=not CHOSEN,
+        optional=not chosen,
     )
 
 
 setup(
-    ext_modules=[operator_library(name, flags) for name, flags in INSTRUCTION_SETS.get(CPU, {}).items()],
+    ext_modules=[operator_library(name, flags) for name, flags in INSTRUCTION_SETS.get(cpu, {}).items()],
     cmdclass={"build_ext": BuildOperators, "bdist_wheel": OperatorsWheel},
 )

@@ -21,7 +21,10 @@ FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 # What is made, not written.
 MADE = shutil.ignore_patterns("__pycache__", "*.so", "*.cubin")
 # EDGE_CPU -> the Debian package of its compiler, and the compiler.
-COMPILERS = {"x86_64": ("g++-x86-64-linux-gnu", "x86_64-linux-gnu-g++"), "aarch64": ("g++-aarch64-linux-gnu", "aarch64-linux-gnu-g++")}
+COMPILERS = {
+    "x86_64": ("g++-x86-64-linux-gnu", "x86_64-linux-gnu-g++"),
+    "aarch64": ("g++-aarch64-linux-gnu", "aarch64-linux-gnu-g++"),
+}
 CPUS = ("none", *COMPILERS)
 # Ubuntu 22.04's C library, which JetPack 6 has; pip refuses the wheel on older systems. tests/test_wheels.py checks it.
 GLIBC = "2_35"
@@ -68,7 +71,7 @@ def build_wheel(cpu: str, out: Path, cubins: Mapping[str, bytes]) -> Path:
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
         if cpu != "none":
             command += ["--config-settings", f"--build-option=--plat-name=manylinux_{GLIBC}_{cpu}"]
-        subprocess.run([*command, "--wheel-dir", str(made), str(sources)], env=environment, check=True)
+        subprocess.run([*command, "--wheel-dir", str(made), str(sources)], env=environment, umask=0o022, check=True)
         (wheel,) = made.glob("*.whl")
         return Path(shutil.copy(wheel, out / wheel.name))
 
