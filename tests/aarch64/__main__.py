@@ -43,7 +43,7 @@ def main() -> int:
     shutil.copytree(ROOT / "tests", root / "work" / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     files = [] if any(word.endswith(".py") for word in others) else [f"tests/{name}" for name in FILES]
     # Not those of the ONNX functions, which are ONNX Runtime's own operators.
-    options = ["-q", "-p", "no:cacheprovider", "-k", "not function", "--durations", "5"]
+    options = ["-q", "-p", "tests.aarch64.profile", "-p", "no:cacheprovider", "-k", "not function", "--durations", "5"]
     pytest = command(root, "-m", "pytest", *options, *others, *files)
     return subprocess.run(pytest, cwd=root / "work", env=environment(root)).returncode
 
