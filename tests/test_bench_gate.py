@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from edge.executor import StepBatch, StepResult
 from edge.generation import TokenEvent
 from edge.plan import EngineOptions
 from edge.sampler import SamplingParams
+from edge.selftest.model import GOLDEN, record_golden
 from tests.wrapped_executor import WrappedExecutor
 
 OPTIONS = EngineOptions(context=1024, threads=2, prefix_cache=False)
@@ -41,6 +43,15 @@ def outcomes(engine: Engine) -> dict[str, str]:
 def test_a_model_that_finds_needles_passes(recall_bundle: Path) -> None:
     found = outcomes(open_engine(recall_bundle, OPTIONS))
     assert found == {"golden tokens": NOT_POSSIBLE, "same tokens twice": PASSED, "needle": PASSED}
+
+
+def test_a_bundles_own_record_is_asked_for(recall_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(recall_bundle, tmp_path / "bundle")
+    truth = record_golden(open_engine(bundle, OPTIONS))
+    assert outcomes(open_engine(bundle, OPTIONS))["golden tokens"] == PASSED
+    other = (truth.tokens[0] + 1) % 100
+    (bundle / GOLDEN).write_text(json.dumps({"prompt": truth.prompt, "tokens": [other, *truth.tokens[1:]]}))
+    assert outcomes(open_engine(bundle, OPTIONS))["golden tokens"] == FAILED
 
 
 class Forgetful(WrappedExecutor):

@@ -12,7 +12,7 @@ from edge.errors import EdgeError
 from edge.eval.run import ask, has_chat_template, is_one_token, prompt_encoder
 from edge.eval.tasks import HaystackPlan, make_haystacks, recognise_language
 from edge.sampler import SamplingParams
-from edge.selftest.model import golden, is_selftest_model, run_golden
+from edge.selftest.model import golden_of, run_golden
 from edge.text import TextSettings, Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 16  # of the prompt that is answered twice
@@ -33,10 +33,10 @@ def run_gate(engine: Engine) -> Gate:
 
 
 def _golden(engine: Engine) -> tuple[str, str]:
-    """The self-test's model must give the tokens that exact arithmetic gives."""
-    if not is_selftest_model(engine.bundle):
-        return NOT_POSSIBLE, "only the model of `edge export selftest` has recorded tokens"
-    truth = golden()
+    """The tokens of the bundle's record, or of the self-test's model, must come again."""
+    truth = golden_of(engine.bundle)
+    if truth is None:
+        return NOT_POSSIBLE, "the bundle has no record; `edge selftest BUNDLE --record` writes one"
     if (wanted := len(truth.prompt) + len(truth.tokens)) > engine.max_context:
         return NOT_POSSIBLE, f"it needs a context of {wanted} tokens and there are {engine.max_context}"
     result = run_golden(engine)
