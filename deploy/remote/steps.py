@@ -201,7 +201,9 @@ class Push:
     def _answer(self) -> str:
         bundle, engine = self._staged_bundle, self._content.settings.engine
         if not self._content.bundle.has_text:  # no tokenizer: two random tokens do
-            self._edge_json("run", "bench", bundle, "--contexts", "16", "--new-tokens", "2", "--repeat", "1", *engine)
+            self._edge_json(
+                "run", "bench", bundle, "--contexts", "16", "--new-tokens", "2", "--repeat", "1", "--no-gate", *engine
+            )
             return "tokens come; the bundle has no tokenizer to ask with"
         words = ("--prompt", _QUESTION, "--temperature", "0", "--max-tokens", "24", *engine)
         reply = self._edge_json("run", "run", bundle, *words)
