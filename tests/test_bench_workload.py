@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,16 @@ def test_a_wrong_workload_is_one_sentence(change: tuple[str, str], said: str, tm
     path.write_text(GOOD.replace(*change))
     with pytest.raises(UsageError, match=said):
         load_workload(str(path)).cases()
+
+
+def test_the_workload_of_the_documentation_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    (tmp_path / "mine.toml").write_text(block)
+    workload = load_workload(str(tmp_path / "mine.toml"))
+    assert [(case.context, case.batch) for case in workload.cases()] == [(8192, 1), (32768, 1), (8192, 4), (32768, 4)]
+    assert workload.peers()[0].prompt_tokens == 32768 - 64 and workload.engine.offload
+    assert all(f"| `{name}` |" in page for name in workload_names())
 
 
 def test_an_unknown_workload_names_those_there_are() -> None:

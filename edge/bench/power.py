@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from edge.bench.samples import CaseResult, Summary, summarize
+from edge.bench.samples import CaseResult, Summary, summarise
 from edge.telemetry.figures import CaseTelemetry, RunEnergy, Telemetry
 from edge.telemetry.recording import LEAST_SAMPLES
 
@@ -182,7 +182,7 @@ def _over_runs(case: CaseTelemetry, ratio: Callable[[RunEnergy], tuple[float | N
     """The quotient of each repetition; None if one of them has none."""
     pairs = [ratio(run) for run in case.runs]
     values = [joules / by for joules, by in pairs if joules is not None and by > 0]
-    return summarize(values) if values and len(values) == len(pairs) else None
+    return summarise(values) if values and len(values) == len(pairs) else None
 
 
 def _idle(case: CaseTelemetry, net: bool) -> float | None:

@@ -126,7 +126,7 @@ class CaseResult:
     @property
     def ttft_s(self) -> Summary:
         """Time to first token, seconds: prefill of the whole prompt, or of all prompts, plus sampling once."""
-        return summarize([r.ttft_s for r in self.repetitions])
+        return summarise([r.ttft_s for r in self.repetitions])
 
     @property
     def prefill_tok_s(self) -> Summary | None:
@@ -175,11 +175,11 @@ def _rate(samples: Sequence[tuple[int, float]]) -> Summary | None:
     """Tokens per second over (tokens, seconds) samples; None if there are none, or any has no tokens or duration."""
     if not samples or any(tokens == 0 or seconds <= 0 for tokens, seconds in samples):
         return None
-    return summarize([tokens / seconds for tokens, seconds in samples])
+    return summarise([tokens / seconds for tokens, seconds in samples])
 
 
-def summarize(values: Sequence[float]) -> Summary:
-    """Of one figure's values, one a repetition."""
+def summarise(values: Sequence[float]) -> Summary:
+    """A figure's values over the repetitions, of which there is at least one."""
     return Summary(float(np.median(values)), min(values), max(values), _mean_interval(values))
 
 
