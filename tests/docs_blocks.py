@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +66,14 @@ def pages() -> list[Path]:
 class Reader:
     """Somebody at a terminal in a fresh folder, with `edge` of this environment on the PATH.
 
-    `pip`, `git clone` and `make` do what they would, without fetching: pip looks whether there is such an extra, a clone
-    is made of links, and make finds an environment that is set up. `edge serve` runs on until the next one, as in a
-    terminal of its own. Measurements are made short, by options after those of the line.
+    `pip`, `git clone` and `make` do what they would, without fetching: pip looks whether there is such an extra, a
+    clone is made of links, and make finds an environment that is set up. `edge serve` runs on until the next one, as in
+    a terminal of its own. Measurements are made short, by options after those of the line.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, given: Mapping[str, Path] | None = None) -> None:
+        """given: files and folders that are wherever the reader is, by name."""
+        self.given = dict(given or {})
         self.home, self.tools = folder / "home", folder / "tools"
         self.cwd = self.home
         for place in (self.home, self.tools):
@@ -89,6 +92,12 @@ class Reader:
             "KEY": "secret",
             "READER_TOOLS": str(self.tools),
         }
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        for name, place in self.given.items():
+            if not (self.cwd / name).exists():
+                (self.cwd / name).symlink_to(place)
 
     def _write_tools(self) -> None:
         python = shlex.quote(sys.executable)
@@ -103,6 +112,7 @@ class Reader:
             path.write_text(f"#!/bin/sh\n{text}\n")
             path.chmod(0o755)
         (self.tools / "python3").symlink_to("python")
+        (self.tools / "activate").touch()  # of a venv, whose commands are here already
 
     @property
     def server_log(self) -> Path:
@@ -140,6 +150,7 @@ class Reader:
         script = f"set -e\ntrap 'pwd > {shlex.quote(str(where))}' EXIT\n{self._here(text)}"
         printed = self._run(["bash", "-c", script], block)
         self.cwd = Path(where.read_text().strip())
+        self._lay_out()
         return printed
 
     def _run(self, command: list[str], block: Block) -> str:
@@ -197,6 +208,7 @@ END
 bench) shift
   case " $* " in *" --static "*) exec {python} -m edge bench "$@" ;; esac
   exec {python} -m edge bench "$@" --contexts 16,32 --new-tokens 4 --repeat 1 ;;
+quantize) shift; exec {python} -m edge quantize "$@" --samples 2 --length 64 ;;
 eval) shift; exec {python} -m edge eval "$@" --samples 1 --lengths 900 ;;
 *) exec {python} -m edge "$@" ;;
 esac"""

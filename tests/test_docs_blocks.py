@@ -1,13 +1,12 @@
 """A stranger's path: every code block of README.md and docs/ is typed as written, or says why it is not.
 
-Each page begins in a fresh folder with the files that its text takes for granted, a small model under the names of large
-ones among them. What a page makes is there for its later blocks.
+Each page begins in a fresh folder with the files that its text takes for granted, a small model under the names of
+large ones among them. What a page makes is there for its later blocks.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +46,7 @@ TEXT_FILES = ("text.txt", "book.txt", "notes.txt", "chats.txt", "manuals.txt", "
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of kernels' sizes with a vocabulary as large as a list of frequent tokens, its draft, a bundle."""
+    """A small checkpoint of sizes that have kernels and as many tokens as a list of frequent ones; a draft; a bundle."""
     folder = tmp_path_factory.mktemp("shelf")
     config = tiny_config(
         hidden_size=256,
@@ -63,30 +62,34 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draft = draft_config(config)
     write_draft(folder / "draft", draft, draft_weights(draft))
     words = ["export", "checkpoint", "--out", "bundle", "--draft", "draft"]
-    assert run_command([str(folder / w) if w in ("checkpoint", "bundle", "draft") else w for w in words], debug=True) == 0
+    assert (
+        run_command([str(folder / w) if w in ("checkpoint", "bundle", "draft") else w for w in words], debug=True) == 0
+    )
+    files = folder / "files"
+    files.mkdir()
+    for name in TEXT_FILES:
+        (files / name).write_text(TEXT)
+    np.save(files / "ids.npy", np.arange(5, 40))
+    server = sample_server()
+    servers = {"sums": {"command": server.command, "args": list(server.args), "env": dict(server.env or {})}}
+    (files / "servers.json").write_text(json.dumps({"mcpServers": servers}))
     return folder
 
 
 @pytest.fixture
 def reader(request: pytest.FixtureRequest, shelf: Path, tmp_path: Path) -> Iterator[Reader]:
     """Somebody who opens the page that the test is about."""
-    reader = Reader(tmp_path)
-    given = GIVEN.get(request.param, ())
-    if "clone" in given:
+    names = GIVEN.get(request.param, ())
+    given = {name: shelf / _kind(name) for name in names if name != "clone"}
+    reader = Reader(tmp_path, given | {file.name: file for file in (shelf / "files").iterdir()})
+    if "clone" in names:
         reader.clone()
-    for name in given:
-        if name == "bundle":
-            shutil.copytree(shelf / "bundle", reader.cwd / name)
-        elif name != "clone":
-            (reader.cwd / name).symlink_to(shelf / ("draft" if "Eagle" in name else "checkpoint"))
-    for name in TEXT_FILES:
-        (reader.cwd / name).write_text(TEXT)
-    np.save(reader.cwd / "ids.npy", np.arange(5, 40))
-    server = sample_server()
-    servers = {"sums": {"command": server.command, "args": list(server.args), "env": dict(server.env)}}
-    (reader.cwd / "servers.json").write_text(json.dumps({"mcpServers": servers}))
     yield reader
     reader.close()
+
+
+def _kind(name: str) -> str:
+    return name if name == "bundle" else "draft" if "Eagle" in name else "checkpoint"
 
 
 BLOCKS = {str(page.relative_to(ROOT)): blocks(page) for page in pages()}

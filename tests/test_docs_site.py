@@ -23,7 +23,15 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PICTURES = sorted((DOCS / "images").glob("*.svg"))
 # Elements that make a browser fetch something, and the attribute that says what.
-FETCHED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "image": "href", "use": "href"}
+FETCHED = {
+    "script": "src",
+    "link": "href",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "image": "href",
+    "use": "href",
+}
 NOT_FETCHED = {"canonical", "prev", "next", "edit"}
 
 
@@ -103,7 +111,7 @@ def test_the_page_of_commands_is_what_the_commands_say() -> None:
     assert "edge selftest" in page and "--questions-per-haystack" in page
 
 
-@pytest.mark.parametrize("picture", [p for p in PICTURES], ids=lambda p: p.name)
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda p: p.name)
 def test_pictures_say_in_words_what_they_show(picture: Path) -> None:
     """A title, a description, and colours for both schemes, with a background of their own."""
     text = picture.read_text()

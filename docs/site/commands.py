@@ -16,8 +16,8 @@ PAGE = Path(__file__).parent.parent / "commands.md"
 _VALUES = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT", "Path": "PATH"}
 _INTRODUCTION = """# Commands
 
-What `edge COMMAND --help` prints, on one page; `make docs` writes it anew. Every command takes `--help`, and `--debug`, which
-shows where an error came from. Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.
+What `edge COMMAND --help` prints, on one page; `make docs` writes it anew. Every command takes `--help`, and `--debug`,
+which shows where an error came from. Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.
 """
 
 
@@ -65,7 +65,7 @@ def _names(parameter: Any) -> str:
 
 def _code(text: str) -> str:
     """As HTML: a table's cell cannot hold a bar between backticks."""
-    return f"<code>{_cell(html.escape(text))}</code>"
+    return f'<code class="option">{_cell(html.escape(text))}</code>'
 
 
 def _description(parameter: Any) -> str:

@@ -14,12 +14,6 @@ if (location.protocol === "file:") {
       inside.document.write(
         `<script>
           postMessage = (data) => parent.dispatchEvent(new MessageEvent("message", { data, source: window }));
-          importScripts = (...addresses) => addresses.reduce((before, address) => before.then(() => new Promise((done) => {
-            const script = document.createElement("script");
-            script.src = address;
-            script.onload = done;
-            document.body.append(script);
-          })), Promise.resolve());
         <\/script><body><script src="${url}"><\/script>`,
       );
       inside.document.close();
