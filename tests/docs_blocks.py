@@ -68,7 +68,7 @@ class Reader:
 
     `pip`, `git clone` and `make` do what they would, without fetching: pip looks whether there is such an extra, a
     clone is made of links, and make finds an environment that is set up. `edge serve` runs on until the next one, as in
-    a terminal of its own. Measurements are made short, by options after those of the line.
+    a terminal of its own. Replies and measurements are made short, by options after the line's.
     """
 
     def __init__(self, folder: Path, given: Mapping[str, Path] | None = None) -> None:
@@ -208,6 +208,7 @@ END
 bench) shift
   case " $* " in *" --static "*) exec {python} -m edge bench "$@" ;; esac
   exec {python} -m edge bench "$@" --contexts 16,32 --new-tokens 4 --repeat 1 ;;
+run|mapreduce) exec {python} -m edge "$@" --max-tokens 16 ;;
 quantize) shift; exec {python} -m edge quantize "$@" --samples 2 --length 64 ;;
 eval) shift; exec {python} -m edge eval "$@" --samples 1 --lengths 900 ;;
 *) exec {python} -m edge "$@" ;;

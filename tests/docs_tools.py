@@ -1,4 +1,4 @@
-"""What a page's commands find instead of pip, git and a person who waits: `python -m tests.docs_tools pip install .`."""
+"""What commands of a page find instead of pip, git and a person who waits: `python -m tests.docs_tools pip ...`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ TEXT_FILES = ("text.txt", "book.txt", "notes.txt", "chats.txt", "manuals.txt", "
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of sizes that have kernels and as many tokens as a list of frequent ones; a draft; a bundle."""
+    """A small checkpoint of sizes that have kernels and a large vocabulary; a draft; a bundle."""
     folder = tmp_path_factory.mktemp("shelf")
     config = tiny_config(
         hidden_size=256,
