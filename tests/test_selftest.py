@@ -167,6 +167,19 @@ def test_a_bundle_without_kernels_for_the_device_says_so(bundle: Path, capsys: p
         assert "has no kernels for this GPU (sm_87)" in capsys.readouterr().err
 
 
+def test_without_a_bundle_it_takes_the_kernels_that_the_wheel_has(
+    driver: EmulatedDriver, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.selftest.vectors.PUBLISHED", {"Tiny, int4": TINY})
+    monkeypatch.setattr("edge.selftest.modules.FOLDER", tmp_path)
+    module = cubin(NEEDED, ARCHITECTURE)
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))  # what is compiled now would be found there
+    (tmp_path / "Tiny-sm_86.cubin").write_bytes(module)
+    assert run_command(["selftest", "--json"], debug=True) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert not (tmp_path / "cache" / "nvrtc").exists()
+
+
 # ---- the report of a real device -------------------------------------------------------------------------------
 
 ORIN = Device("Orin", "sm_87", 16, 64 << 30, True, (12, 6))

@@ -7,6 +7,7 @@ parent, everything else from the wheel and PyPI.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from deploy.wheels import ROOT, build_wheel
 from tests.aarch64.root import command, environment, make_root, missing_tool
+from tests.synthetic import tiny_config, write_hf_checkpoint
 
 FILES = (
     "test_block_linear.py",
@@ -45,7 +47,25 @@ def main() -> int:
     # Not those of the ONNX functions, which are ONNX Runtime's own operators.
     options = ["-q", "-p", "tests.aarch64.profile", "-p", "no:cacheprovider", "-k", "not function", "--durations", "5"]
     pytest = command(root, "-m", "pytest", *options, *others, *files)
-    return subprocess.run(pytest, cwd=root / "work", env=environment(root)).returncode
+    code = subprocess.run(pytest, cwd=root / "work", env=environment(root)).returncode
+    return code or compare_replies(root)
+
+
+def compare_replies(root: Path) -> int:
+    """Export and run a small model there and here: 1, and both replies, if they differ."""
+    replies = []
+    with tempfile.TemporaryDirectory() as name:
+        write_hf_checkpoint(Path(name, "checkpoint"), tiny_config(tie_word_embeddings=False), tokenizer=True)
+        export = ["-m", "edge", "export", "checkpoint", "--out", "bundle", "--weights", "exact", "--overwrite"]
+        run = ["-m", "edge", "run", "bundle", "--prompt", "the fox", "--temperature", "0", "--max-tokens", "16"]
+        here = {**os.environ, "PYTHONPATH": str(ROOT)}
+        for python, variables in ((command(root), environment(root)), ([sys.executable], here)):
+            subprocess.run([*python, *export], cwd=name, env=variables, check=True, capture_output=True)
+            done = subprocess.run([*python, *run], cwd=name, env=variables, check=True, capture_output=True)
+            replies.append(done.stdout)
+    same = replies[0] == replies[1]
+    print("a small model, exported and run: the same reply there and here" if same else f"replies differ: {replies}")
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
