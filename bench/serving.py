@@ -5,10 +5,10 @@
 
 Streams: as many clients at once as `--streams`, each with a prompt of its own, beside one client alone; tokens a second
 are counted from the first token of all to the last of any. Overhead: a token's time of one client's reply, beside `edge
-run` with the same prompt, alternately, median of the runs; by the clock, and by the processor with one thread, which
-does not depend on what else the machine does. Restart: with the bundle out of memory, and again. Soak: clients with
-prompts of mixed lengths, some of which hang up, and one that reads slowly; every whole reply is compared with the same
-request alone, and at the end pages and memory must be what they were.
+run` with the same prompt, in turn, median of the ratios; and the processor's time of the thread that speaks HTTP.
+Restart: with the bundle out of memory, and again. Soak: clients with prompts of mixed lengths, some of which hang up,
+and one that reads slowly; every whole reply is compared with the same request alone, and at the end pages and memory
+must be what they were; memory is measured all the while.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import asyncio
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -102,53 +101,48 @@ def measure_streams(port: int, streams: int, length: int, tokens: int, repeat: i
     console.print(table)
 
 
-def run(bundle: Path, prompt: str, tokens: int, threads: int) -> tuple[float, float]:
-    """`edge run` -> seconds between two tokens, and the processor's seconds in all."""
+def run(bundle: Path, prompt: str, tokens: int, threads: int) -> float:
+    """`edge run` -> seconds between two tokens."""
     command = [sys.executable, "-m", "edge", "run", bundle, "--raw", "--prompt", prompt, "--max-tokens", tokens]
     command += ["--temperature", 0, "--json", "--threads", threads, "--context", 2048]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     values = json.loads(done.stdout)
-    gap = (values["total_seconds"] - values["first_token_seconds"]) / (values["tokens"] - 1)
-    return gap, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return float((values["total_seconds"] - values["first_token_seconds"]) / (values["tokens"] - 1))
 
 
-def request(port: int, process: psutil.Process, prompt: str, tokens: int) -> tuple[float, float]:
+def request(port: int, prompt: str, tokens: int) -> float:
     """The same of one request to the server."""
-    before = process.cpu_times()
     reply = asyncio.run(complete(port, body(prompt, tokens)))
-    after = process.cpu_times()
-    gap = (reply.times[-1] - reply.times[0]) / (reply.tokens - 1)
-    return gap, after.user + after.system - before.user - before.system
+    return (reply.times[-1] - reply.times[0]) / (reply.tokens - 1)
 
 
-def measure_overhead(bundle: Path, length: int, tokens: int, threads: int, repeat: int) -> None:
-    """A token's time on the server beside the command's, in turn: of the clock, and of the processor by one thread.
+def measure_overhead(bundle: Path, length: int, tokens: int, threads: int, turns: int) -> None:
+    """A token's time on the server beside the command's, in turn; and what the thread that speaks HTTP takes of it.
 
-    The processor's is the difference of a long reply and a short one. Of one thread it does not depend on what else
-    the machine does.
+    The ratio is the median over the turns: between one turn and the next but one, the machine's speed changes by more
+    than what is looked for.
     """
-    found: dict[str, list[tuple[float, float]]] = {"edge run": [], "server": []}
-    for count in (threads, 1) if threads > 1 else (1,):
-        with server(bundle, "--threads", count, "--context", 2048) as (port, process):
-            complete_once = partial(request, port, process)
-            complete_once(text(length, 3), 4)
-            for turn in range(repeat):
-                ways = {"edge run": partial(run, bundle, threads=count), "server": complete_once}
-                for name, way in ways.items():
-                    seconds = [way(text(length, 77 + 2 * turn + i), n) for i, n in enumerate((tokens // 4, tokens))]
-                    each = (seconds[1][1] - seconds[0][1]) / (tokens - tokens // 4)
-                    found[name].append((seconds[1][0], each))
-        for i, kind in enumerate(("clock", "processor")):
-            if (kind == "processor") != (count == 1):
-                continue
-            ours, plain = (1000 * median(values[i] for values in found[name]) for name in ("server", "edge run"))
-            console.print(
-                f"a token, {kind}, {count} threads: edge run {plain:.2f} ms, server {ours:.2f} ms: "
-                f"{100 * (ours / plain - 1):+.1f} %"
-            )
-        found = {name: [] for name in found}
+    with server(bundle, "--threads", threads, "--context", 2048) as (port, process):
+        request(port, text(length, 3), 4)
+        ways = {"edge run": partial(run, bundle, threads=threads), "server": partial(request, port)}
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        before = loop_seconds(process)
+        for turn in range(turns):
+            for name in sorted(ways, reverse=turn % 2 == 1):
+                found[name].append(1000 * ways[name](text(length, 77 + turn), tokens))
+        spoken = 1000 * (loop_seconds(process) - before) / (turns * tokens)
+    plain, ours = (np.array(found[name]) for name in ("edge run", "server"))
+    low, middle, high = 100 * (np.percentile(ours / plain, (25, 50, 75)) - 1)
+    console.print(
+        f"a token, {turns} turns: edge run {np.median(plain):.2f} ms, server {np.median(ours):.2f} ms: {middle:+.1f} % "
+        f"(half of the turns: {low:+.1f} to {high:+.1f} %)\n"
+        f"  the server's HTTP thread: {spoken:.2f} ms of the processor, {100 * spoken / np.median(plain):.1f} %"
+    )
+
+
+def loop_seconds(process: psutil.Process) -> float:
+    """Of the processor, by the thread that the process began with: it runs the event loop."""
+    return sum(thread.user_time + thread.system_time for thread in process.threads() if thread.id == process.pid)
 
 
 def measure_prefix(port: int) -> None:
@@ -182,6 +176,23 @@ def gauge(port: int, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(name))
 
 
+def memory(port: int) -> tuple[int, int, int]:
+    """Bytes of the ledger's lines that count: budget, planned, measured (as planned where nothing measures a line)."""
+    ledger = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/stats"))["memory"]
+    lines = [line for line in ledger["lines"] if line["where"] == "memory"]
+    taken = sum(line["planned"] if line["measured"] is None else line["measured"] for line in lines)
+    return ledger["budget"], sum(line["planned"] for line in lines), taken
+
+
+async def watch(port: int, end: float) -> int:
+    """Most bytes that the ledger's lines took, measured every five seconds."""
+    most = 0
+    while time.perf_counter() < end:
+        most = max(most, (await asyncio.to_thread(memory, port))[2])
+        await asyncio.sleep(5)
+    return most
+
+
 async def soak(
     port: int, clients: int, seconds: float, kinds: Sequence[dict[str, Any]], wanted: Sequence[str]
 ) -> dict[str, Any]:
@@ -211,14 +222,14 @@ async def soak(
                 if not is_slow:
                     whole.append(reply)
 
-    await asyncio.gather(*map(client, range(clients)))
-    return {"counts": counts, "replies": whole}
+    taken, *_ = await asyncio.gather(watch(port, end), *map(client, range(clients)))
+    return {"counts": counts, "replies": whole, "taken": taken}
 
 
 def measure_soak(port: int, process: psutil.Process, clients: int, seconds: float) -> bool:
     """Print what came of it -> whether nothing was lost and everything was given back."""
     draw = random.Random(0)
-    kinds = [body(text(draw.choice((8, 40, 150, 400)), 500 + i), draw.choice((5, 20, 40))) for i in range(24)]
+    kinds = [body(text(draw.choice((8, 40, 150, 400)), 500 + i), draw.choice((5, 20, 80))) for i in range(24)]
     alone = [asyncio.run(complete(port, kind)) for kind in kinds]
     before = process.memory_info().rss
     found = asyncio.run(soak(port, clients, seconds, kinds, [reply.text for reply in alone]))
@@ -236,11 +247,16 @@ def measure_soak(port: int, process: psutil.Process, clients: int, seconds: floa
         half, most = np.percentile(values, [50, 99])
         console.print(f"  {name}: p50 {half:.3f} s, p99 {most:.3f} s")
     preemptions = gauge(port, "edge_preemptions_total")
+    budget, planned, _ = memory(port)
+    console.print(
+        f"  memory by the ledger: {found['taken'] / 2**20:.0f} MiB at most, {planned / 2**20:.0f} planned, "
+        f"budget {budget / 2**20:.0f}"
+    )
     console.print(
         f"  pages held at the end: {held:.0f}; preemptions: {preemptions:.0f}; resident memory: "
         f"{before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after"
     )
-    return not held and not counts["lost"]
+    return not held and not counts["lost"] and not counts["differ"] and found["taken"] <= budget
 
 
 def main(
@@ -251,11 +267,14 @@ def main(
     repeat: Annotated[int, typer.Option(help="Times each is measured.")] = 3,
     soak_seconds: Annotated[float, typer.Option("--soak", help="Seconds of the soak; 0 leaves it out.")] = 0,
     clients: Annotated[int, typer.Option(help="Clients of the soak.")] = 64,
+    budget: Annotated[
+        str, typer.Option(help="Memory budget of the soak: less than all places hold at once.")
+    ] = "664MiB",
     threads: Annotated[int, typer.Option(help="Threads of the model.")] = 2,
     exact: Annotated[bool, typer.Option("--exact", help="32-bit weights instead of int4.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the model is kept.")] = Path("build/bench"),
 ) -> None:
-    """Measure and print; exit code 1 if the soak lost something."""
+    """Measure and print; exit code 1 if the soak lost, changed or kept something, or took more than its budget."""
     bundle = prepare(folder, layers, exact)
     kind = "float32" if exact else "int4"
     console.print(f"MiniCPM4-0.5B shape, {layers} layers, random weights, {kind}; {describe_machine().cpu_model}")
@@ -266,10 +285,11 @@ def main(
             measure_streams(port, streams, length, tokens, repeat)
             measure_prefix(port)
     if repeat:
-        measure_overhead(bundle, length, tokens, threads, repeat)
+        measure_overhead(bundle, length, tokens, threads, 5 * repeat)
         measure_restart(bundle, options)
     if soak_seconds:
-        with server(bundle, *options, "--queue", clients) as (port, process):
+        soaked = ("--threads", threads, "--context", 512, "--sequences", 8, "--queue", clients, "--memory", budget)
+        with server(bundle, *soaked) as (port, process):
             if not measure_soak(port, process, clients, soak_seconds):
                 raise typer.Exit(1)
 

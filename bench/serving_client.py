@@ -64,18 +64,28 @@ async def complete(
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     try:
         found.status = int((await reader.readline()).split()[1])
-        async for line in reader:
-            if not line.startswith(b"data: {"):
-                continue
-            _take(found, json.loads(line[6:]), time.perf_counter() - started)
-            if hang_up_after is not None and len(found.times) >= hang_up_after:
-                break
-            if read_pause:
-                await asyncio.sleep(read_pause)
+        events = await _read(reader, started, hang_up_after, read_pause)
         found.seconds = time.perf_counter() - started
     finally:
         writer.close()
+    for now, line in events:
+        _take(found, json.loads(line[6:]), now)
     return found
+
+
+async def _read(
+    reader: asyncio.StreamReader, started: float, hang_up_after: int | None, read_pause: float
+) -> list[tuple[float, bytes]]:
+    """Events and when they came; they are looked into at the end, as the server has these cores, too."""
+    events = []
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            events.append((time.perf_counter() - started, line))
+            if len(events) == hang_up_after:
+                break
+            if read_pause:
+                await asyncio.sleep(read_pause)
+    return events
 
 
 def _take(found: Streamed, chunk: dict[str, Any], now: float) -> None:

@@ -11,9 +11,16 @@ from xml.etree import ElementTree as ET
 
 from hypothesis import strategies as st
 
+from edge.bench.bandwidth import Limits
+from edge.bench.checks import FAILED, NOT_POSSIBLE, PASSED, Check, Gate
+from edge.bench.fit import Skipped
+from edge.bench.identity import Identity
 from edge.bench.machine import Machine, MemoryUse
-from edge.bench.measure import BenchCase, CaseResult, Repetition
-from edge.bench.report import PeerRow, Report
+from edge.bench.options import PeerRow, WorkloadFacts
+from edge.bench.report import Report
+from edge.bench.roofline import Roofline, RooflineRow
+from edge.bench.samples import BenchCase, CaseResult, Repetition, SpeculationResult
+from edge.bench.step_bytes import StepBytes
 from edge.memory.measured import Compared
 from edge.sampler import SamplingParams
 
@@ -96,8 +103,60 @@ def sample_report(**changes: Any) -> Report:
     return replace(Report(cases, HERE, CPU_ENGINE, 0, 0.02, peers, LEDGER), **changes)
 
 
+def batch_result(prompt: int, batch: int, first: Sequence[float], gap: float, steps: int = 8) -> CaseResult:
+    """Sequences whose first tokens came after `first` seconds, and which then took `steps` steps of `gap` seconds."""
+    run = Repetition(max(first), (gap,) * steps * batch, tuple(first), gap * steps)
+    return CaseResult(
+        BenchCase(prompt, steps + 1, batch), (run, run), MemoryUse(500 * MIB, "case", None, None), "ab" * 32
+    )
+
+
+def full_report() -> Report:
+    """A report in which everything has something to say."""
+    cases = (
+        case_result(128, (0.5, [0.012] * 60), (0.52, [0.013] * 60)),
+        batch_result(128, 4, (0.5, 1.0, 1.5, 2.0), 0.02),
+    )
+    plain = (Repetition(0.5, (0.02,) * 60),)
+    spoken = SpeculationResult(20, 60, 41, 61, ((20, 18), (20, 14), (15, 9)), 0.1, plain)
+    step = StepBytes(300e6, 20e6, 5e6, 1e6)
+    rows = tuple(RooflineRow(r.case, step, 150.0, 0.53, 2.5e9, None, None) for r in cases)
+    return sample_report(
+        cases=(replace(cases[0], prompts_sha256="cd" * 32, speculation=spoken), cases[1]),
+        peers=(PeerRow("CPM.cu", 128, 1161.0, 58.8, machine="Jetson AGX Orin", source="published, another machine"),),
+        skipped=(Skipped(BenchCase(131072, 64), "9,000 MiB of memory", "4,096 MiB"),),
+        workload=WorkloadFacts("quick", "some seconds", "here", "any"),
+        roofline=Roofline(Limits(25.0, "measured here: by a test", None, "not known"), rows),
+        gate=Gate((Check("same tokens twice", PASSED, "16 tokens"), Check("needle", NOT_POSSIBLE, "no tokenizer"))),
+        identity=Identity(
+            "0f" * 32, {"model.onnx": "1e" * 32}, {"key": "2d" * 32}, "3c" * 32, "4b" * 32, "0.1.0", "5a" * 32, "MAXN"
+        ),
+    )
+
+
 positive = st.floats(1e-6, 1e4)
 text = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=30)
+
+
+def _roofline(said: str, value: float, share: float | None) -> Roofline:
+    step = StepBytes(value, 2 * value, 3 * value, 0)
+    row = RooflineRow(BenchCase(7, 2, 3), step, value, share, value, share, None)
+    return Roofline(Limits(value, said, share, said), (row,)) if share else Roofline(None, problem=said)
+
+
+def _identity(said: str, digest: str) -> Identity:
+    return Identity(digest, {said: digest}, {said: said}, "", digest, said, digest, said)
+
+
+def _speculation(steps: int, seconds: float) -> SpeculationResult:
+    depths = tuple((steps, kept) for kept in range(steps))
+    return SpeculationResult(steps, 3 * steps, steps, 2 * steps, depths, seconds, (Repetition(seconds, (seconds,)),))
+
+
+rooflines = st.builds(_roofline, text, positive, st.none() | positive)
+gates = st.builds(lambda said, outcome: Gate((Check(said, outcome, said),)), text, st.sampled_from([PASSED, FAILED]))
+identities = st.builds(_identity, text, st.sampled_from(["ab" * 32, "0c" * 32]))
+speculations = st.builds(_speculation, st.integers(0, 4), positive)
 
 
 @st.composite
@@ -106,18 +165,26 @@ def reports(draw: st.DrawFn) -> Report:
     for prompt in draw(st.lists(st.integers(1, 2**20), min_size=1, max_size=4, unique=True)):
         gaps = draw(st.integers(0, 5))
         runs = draw(st.lists(st.tuples(positive, st.lists(positive, min_size=gaps, max_size=gaps)), min_size=1))
-        cases.append(case_result(prompt, *runs[:3], peak=draw(st.integers(1, 2**40))))
+        result = case_result(prompt, *runs[:3], peak=draw(st.integers(1, 2**40)))
+        cases.append(replace(result, speculation=draw(st.none() | speculations)))
+    if draw(st.booleans()):
+        cases.append(batch_result(64, 3, draw(st.tuples(positive, positive, positive)), draw(positive)))
     sizes = st.integers(0, 2**40)
     line = st.builds(Compared, text, sizes, st.none() | sizes, st.sampled_from(["memory", "disk"]))
     peer = st.builds(PeerRow, text, st.integers(1, 2**20), st.none() | positive, st.none() | positive)
     return Report(
-        tuple(sorted(cases, key=lambda c: c.case.prompt_tokens)),
+        tuple(sorted(cases, key=lambda c: (c.case.batch, c.case.prompt_tokens))),
         replace(HERE, cpu_model=draw(text), packages=draw(st.dictionaries(text, text, max_size=2))),
         draw(st.dictionaries(text, text, max_size=3)) | {"model": draw(text)},
         draw(st.integers(0, 9)),
         draw(st.none() | st.floats(0, 1)),
         tuple(draw(st.lists(peer, max_size=4))),
         tuple(draw(st.lists(line, max_size=4))),
+        tuple(draw(st.lists(st.builds(Skipped, st.just(BenchCase(9, 9, 9)), text, text), max_size=1))),
+        draw(st.none() | st.builds(lambda said: WorkloadFacts(said, said, said, said), text)),
+        draw(st.none() | rooflines),
+        draw(st.none() | gates),
+        draw(st.none() | identities),
     )
 
 

@@ -36,7 +36,8 @@ from edge.bench.compare_facts import differences, figures, format_change, ledger
 from edge.bench.compare_page import interval_plot, render_html
 from edge.bench.compare_statistics import holm, incomplete_beta, t_quantile, t_two_sided, welch_ratio
 from edge.bench.compare_text import markdown, terminal, to_dict, to_json
-from edge.bench.report import PeerRow, Report
+from edge.bench.options import PeerRow
+from edge.bench.report import Report
 from edge.bench.report import to_json as report_json
 from edge.cli.app import run_command
 from edge.errors import EdgeError, UsageError
@@ -379,7 +380,7 @@ def test_markdown_keeps_its_columns() -> None:
 def test_json_has_the_rows_with_their_verdicts() -> None:
     values = json.loads(to_json(pair(seed=1)))
     assert [row["verdict"] for row in values["rows"]] == [NOT_SHOWN, FASTER, NOT_SHOWN, FASTER]
-    assert values["rows"][1]["case"] | {"batch": 1} == {"prompt_tokens": 128, "new_tokens": 61, "batch": 1}
+    assert values["rows"][1]["case"] == {"prompt_tokens": 128, "new_tokens": 61, "batch": 1}
     assert values["differences"] == [{"name": "seed", "values": ["0", "1"]}]
     assert values["warnings"] and values["figures"][0]["figures"][0]["unit"] == "bytes"
     assert to_dict(pair())["sides"][1]["name"] == "new"

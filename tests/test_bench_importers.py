@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.bench.compare import batch_of
 from edge.bench.importers import Imported, read_peers
-from edge.bench.report import PeerRow, from_dict, to_dict, to_json
+from edge.bench.options import PeerRow
+from edge.bench.report import from_dict, to_dict, to_json
 from edge.errors import EdgeError
 from tests import peer_samples as samples
 from tests.bench_samples import reports, sample_report
@@ -128,9 +128,9 @@ def test_our_own_report_is_a_peer_with_its_medians(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("own") / "report.json"
     path.write_text(to_json(report), encoding="utf-8")
     rows = {(row.prompt_tokens, row.batch): row for row in read_peers(path).rows}
-    assert set(rows) == {(result.case.prompt_tokens, batch_of(result.case)) for result in report.cases}
+    assert set(rows) == {(result.case.prompt_tokens, result.case.batch) for result in report.cases}
     for result in report.cases:
-        row = rows[result.case.prompt_tokens, batch_of(result.case)]
+        row = rows[result.case.prompt_tokens, result.case.batch]
         for speed, summary in ((row.prefill_tok_s, result.prefill_tok_s), (row.decode_tok_s, result.decode_tok_s)):
             assert speed == (summary and summary.median)
 

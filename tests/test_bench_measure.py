@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from edge.bench import machine
 from edge.bench.html import render_html
 from edge.bench.machine import CpuClock, MemoryUse, describe_machine
-from edge.bench.measure import BenchCase, measure_cases, student_t_95
+from edge.bench.measure import measure_cases
+from edge.bench.options import BenchOptions
 from edge.bench.report import execution, notes, run_bench
+from edge.bench.samples import BenchCase, student_t_95
 from edge.errors import EdgeError, UsageError
 from edge.sampler import SamplingParams
 from tests.bench_samples import CPU_ENGINE, HERE, MIB, Event, FakeEngine, case_result, positive, sample_report
@@ -205,7 +207,7 @@ def test_share_of_other_processes() -> None:
 
 def test_a_run_says_where_it_ran() -> None:
     engine = FakeEngine()
-    report = run_bench(engine, [BenchCase(8, 2)], repeat=1, seed=5, clock=engine.clock)
+    report = run_bench(engine, BenchOptions([BenchCase(8, 2)], repeat=1, seed=5), clock=engine.clock)
     assert (report.seed, report.engine, len(report.cases)) == (5, CPU_ENGINE, 1)
     assert report.other_cpu is None or 0 <= report.other_cpu <= 1
     assert execution(report) == "ONNX Runtime CPU; no device was used"

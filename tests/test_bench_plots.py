@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import edge.bench
 from edge.bench import svg
 from edge.bench.html import render_html
-from edge.bench.report import PeerRow
+from edge.bench.options import PeerRow
 from edge.bench.tables import format_number
 from tests.bench_samples import MIB, case_result, of_class, plots, sample_report
 

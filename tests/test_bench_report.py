@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from rich.console import Console
 
 from edge.bench.html import render_html
-from edge.bench.measure import CaseResult
 from edge.bench.report import (
     SCHEMA_VERSION,
     PeerRow,
@@ -27,9 +26,12 @@ from edge.bench.report import (
     to_json,
     write_text,
 )
+from edge.bench.roofline import Roofline
+from edge.bench.samples import CaseResult
+from edge.bench.sections import sections
 from edge.bench.tables import format_bytes, format_number, format_seconds, markdown, terminal
 from edge.errors import EdgeError
-from tests.bench_samples import HERE, MIB, Page, case_result, of_class, plots, reports, sample_report
+from tests.bench_samples import HERE, MIB, Page, case_result, full_report, of_class, plots, reports, sample_report
 
 # ---- JSON --------------------------------------------------------------------------------------------------
 
@@ -63,7 +65,7 @@ def damaged(**changes: Any) -> str:
     [
         ("{", "not JSON"),
         ("[]", "no schema_version"),
-        (damaged(schema_version=SCHEMA_VERSION + 1), "schema version 2, newer than 1"),
+        (damaged(schema_version=SCHEMA_VERSION + 1), "schema version 3, newer than 2"),
         (damaged(machine=...), "field 'machine' is missing"),
         (damaged(cases=[{"case": {"prompt_tokens": 1, "new_tokens": 2}}]), "field 'repetitions' is missing"),
         (damaged(cases=7), "is damaged"),
@@ -170,6 +172,54 @@ def test_the_ledger_is_in_every_form_of_the_report() -> None:
     assert "Planned" not in printed(from_dict(older)) and "Planned" not in render_html(from_dict(older))
 
 
+def test_all_forms_show_the_same_facts() -> None:
+    """Every cell of every section: intervals, batches, roofline, acceptance, gate, hashes, what did not fit."""
+    report = full_report()
+    words = re.sub(r"\s+", "", printed(report))
+    page = re.sub(r"\s+", "", "".join(Page(render_html(report)).texts))
+    plain = re.sub(r"[\s\\]+", "", markdown(report))
+    found = sections(report)
+    assert [section.identity for section in found] == [
+        *("skipped", "first-tokens", "confidence", "roofline", "speculation", "gate", "identity")
+    ]
+    for section in found:
+        for text in (section.heading, *section.headings, *(cell for row in section.rows for cell in row)):
+            for form in (page, plain):
+                assert re.sub(r"\s+", "", text) in form, text
+        # on the terminal a long cell's lines stand beside those of its neighbours
+        for text in (section.heading, *(word for row in section.rows for cell in row for word in cell.split())):
+            assert re.sub(r"\s+", "", text) in words, text
+    for form in (words, page, plain):
+        for said in ("90%70%60%", "6.67%", "1.60x", "53%", "305MiB", "9,000MiBofmemory", "0f0f0f0f0f0f", "notpossible"):
+            assert said in form, said
+        assert "published,anothermachine:CPM.cu,JetsonAGXOrin" in form
+
+
+def test_sections_say_only_what_is_known() -> None:
+    single = case_result(512, (0.4, [0.01]))
+    assert [section.identity for section in sections(sample_report(cases=(single,)))] == ["first-tokens"]
+    lost = replace(full_report(), roofline=Roofline(None, problem="No roofline: no room."))
+    assert "No roofline: no room." in printed(lost) and "No roofline: no room." in render_html(lost)
+
+
+def test_speed_over_batch_has_a_plot_where_batches_were_measured() -> None:
+    found = plots(render_html(full_report()))
+    assert len(found) == 5
+    (batch,) = [plot for plot in found if "over batch" in (plot.findtext("title") or "")]
+    assert [of_class(batch, name)[0].text for name in ("x", "y")] == [
+        "Batch (sequences decoded together, log2 scale)",
+        "Decode speed of all (tok/s)",
+    ]
+    assert "128 tokens each, 4 sequences: 200 tok/s" in (batch.findtext("desc") or "")
+
+
+def test_a_plot_of_latencies_has_as_many_curves_as_can_be_told_apart() -> None:
+    cases = tuple(case_result(2**e, (1.0, [0.02] * 5), (1.0, [0.02] * 5)) for e in range(7, 20))
+    latency = plots(render_html(sample_report(cases=cases, peers=())))[2]
+    names = re.findall(r"([\d,]+) tokens: p50", latency.findtext("desc") or "")
+    assert len(names) == 6 and (names[0], names[-1]) == ("128", "524,288")
+
+
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert not re.search(r"\x1b\[[\d;]*3[0-7]", printed(sample_report(), force_terminal=True))
@@ -183,7 +233,7 @@ def test_console_markup_in_names_is_not_interpreted() -> None:
 def test_markdown_tables_keep_their_columns() -> None:
     said = markdown(sample_report(peers=(PeerRow("a|b*c", 128, 200.0, 50.0),)))
     tables = [block.splitlines() for block in said.split("\n\n") if block.startswith("|")]
-    assert [len(table) for table in tables] == [4, 3, 8]
+    assert [len(table) for table in tables] == [4, 3, 4, 4, 8]
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1
     assert r"a\|b\*c" in said and "no device was used" in said
@@ -228,7 +278,7 @@ def test_text_from_outside_is_escaped() -> None:
 def test_the_page_is_readable_with_a_screen_reader_and_keyboard() -> None:
     parsed = Page(render_html(sample_report()))
     tags = [tag for tag, _ in parsed.elements]
-    assert tags.count("h1") == 1 and tags.count("caption") == tags.count("table") == 4
+    assert tags.count("h1") == 1 and tags.count("caption") == tags.count("table") == 6
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in parsed.elements if tag == "th")
     levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
     assert all(b - a <= 1 for a, b in pairwise(levels))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from edge.bench.html import render_html
-from edge.bench.report import write_text
-from tests.bench_samples import sample_report
+from edge.bench.report import Report, write_text
+from tests.bench_samples import full_report, sample_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -31,11 +31,12 @@ document.title = 'plots ' + boxes.filter(b => b.width > 300 && b.height > 150).l
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_report_renders_in_a_browser(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("report", "count"), [(sample_report(), 4), (full_report(), 5)], ids=["plain", "full"])
+def test_report_renders_in_a_browser(report: Report, count: int, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    write_text(page, render_html(sample_report()) + PROBE)
+    write_text(page, render_html(report) + PROBE)
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     title = re.search("<title>(.*?)</title>", dom)
     assert title is not None
-    assert title[1] == "plots 4 lost 0 requests 0 overflow false"
+    assert title[1] == f"plots {count} lost 0 requests 0 overflow false"

@@ -12,8 +12,9 @@ from statistics import fmean, median
 from typing import Any
 
 from edge.bench.compare_statistics import LEVEL, holm, welch_ratio
-from edge.bench.measure import BenchCase, CaseResult
-from edge.bench.report import PeerRow, Report, Summary, load_report, notes, to_dict
+from edge.bench.options import PeerRow
+from edge.bench.report import Report, load_report, notes, to_dict
+from edge.bench.samples import BenchCase, CaseResult, Summary
 from edge.errors import EdgeError, UsageError
 
 FASTER, SLOWER, NOT_SHOWN, NO_CLAIM = "faster", "slower", "no difference shown", "no claim"
@@ -198,17 +199,12 @@ def _other_prompts(baseline: Side, side: Side) -> list[str]:
 
 
 def _hashes(side: Side, case: BenchCase) -> set[str]:
-    return {value for result in side.results(case) if (value := getattr(result, "prompts_sha256", ""))}
+    return {value for result in side.results(case) if (value := result.prompts_sha256)}
 
 
 def case_label(case: BenchCase) -> str:
     """2,048+32: prompt and new tokens; 2,048+32 x4: of four sequences at once."""
-    return f"{case.prompt_tokens:,}+{case.new_tokens:,}" + (f" x{batch_of(case)}" if batch_of(case) > 1 else "")
-
-
-def batch_of(case: BenchCase) -> int:
-    """Sequences at once; 1 in reports without batches."""
-    return getattr(case, "batch", 1)
+    return f"{case.prompt_tokens:,}+{case.new_tokens:,}" + (f" x{case.batch}" if case.batch > 1 else "")
 
 
 def load_sides(words: Sequence[str]) -> list[Side]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge.bench.compare import Comparison, Side, gate_checks
-from edge.bench.measure import BenchCase
+from edge.bench.samples import BenchCase
 from edge.bench.tables import NONE, format_bytes, format_number
 
 # What is measured, or said elsewhere in the comparison.
 _NOT_FACTS = {"cases", "ledger", "notes", "other_cpu", "peers", "timestamp", "gate", "roofline", "skipped"}
-_IN_ROWS = {"ttft_s", "prefill_tok_s", "decode_tok_s", "interval_s"}
+_IN_ROWS = {"ttft_s", "ttft_percentiles_s", "prefill_tok_s", "decode_tok_s", "interval_s"}
 # Of a case's telemetry, what is a workload's length or a sample.
 _NOT_FIGURES = {"prompt_tokens", "decode_tokens", "runs", "trace"}
 _HASH = 12  # digits of a hash that are shown

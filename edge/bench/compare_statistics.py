@@ -61,6 +61,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def t_two_sided(t: float, degrees: float) -> float:
     """P(|T| > |t|) of Student's t: I_x(degrees / 2, 1 / 2) at x = degrees / (degrees + t^2)."""
+    complement = t * t / (degrees + t * t)
+    if complement < 3 / (degrees + 5):  # x would be 1 but for a few digits
+        return 1 - incomplete_beta(0.5, degrees / 2, complement)
     return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 

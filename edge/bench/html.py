@@ -14,25 +14,28 @@ from markupsafe import Markup
 
 from edge.bench import svg
 from edge.bench.machine import Machine
-from edge.bench.measure import PERCENTILES, CaseResult, Summary
+from edge.bench.numbers import format_bytes, format_number, format_ratio, format_seconds
 from edge.bench.report import SCHEMA_VERSION, Report, compare_peers, execution, notes
+from edge.bench.samples import PERCENTILES, CaseResult, Summary
+from edge.bench.sections import case_cells, case_headings, sections
 from edge.bench.tables import (
-    format_bytes,
-    format_number,
     format_percentiles,
-    format_ratio,
-    format_seconds,
     format_spread,
     ledger_cells,
     machine_line,
     model_line,
+    peer_case,
+    peer_name,
+    peer_sources,
     workload_line,
 )
 
 THIS_ENGINE = "this engine"
 CONTEXT_AXIS = "Context (prompt tokens, log2 scale; 1K = 1,024)"
+BATCH_AXIS = "Batch (sequences decoded together, log2 scale)"
 ENGINE_LABELS = {"kv": "KV cache type"}
 CURVE_POINTS = 80
+MOST_CURVES = svg.COLOURS  # of one plot
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ def render_html(report: Report) -> str:
         tiles=_tiles(report.cases),
         figures=_figures(report),
         comparisons=compare_peers(report),
+        peer_name=peer_name,
+        peer_case=peer_case,
+        peer_sources=peer_sources(report),
+        sections=sections(report),
+        case_headings=case_headings(report),
+        case_cells=lambda case: case_cells(report, case),
         ledger=ledger_cells(report),
         notes=notes(report),
         machine_facts=_machine_facts(report.machine, report.other_cpu),
@@ -86,7 +95,7 @@ def render_html(report: Report) -> str:
         size=format_bytes,
         ratio=lambda value: format_ratio(value).replace("x", "×"),
         spread=lambda summary: format_spread(summary).replace(" to ", "–"),
-        interval=_interval,
+        lines=lambda text: Markup("<br>").join(text.split("\n")),
         percentile_cells=format_percentiles,
     )
 
@@ -95,9 +104,9 @@ def _tiles(cases: Sequence[CaseResult]) -> list[Tile]:
     first, last = cases[0], cases[-1]
 
     def tile(name: str, unit: str, text: Callable[[CaseResult], str]) -> Tile:
-        details = [f"at {first.case.prompt_tokens:,} tokens"]
+        details = [f"at {first.case.label}"]
         if last is not first:
-            details.append(f"{text(last)} {unit}".rstrip() + f" at {last.case.prompt_tokens:,}")
+            details.append(f"{text(last)} {unit}".rstrip() + f" at {last.case.label.replace(' tokens', '')}")
         return Tile(name, text(first), unit, tuple(details))
 
     def median(summary: Summary | None) -> str:
@@ -112,9 +121,11 @@ def _tiles(cases: Sequence[CaseResult]) -> list[Tile]:
 
 
 def _figures(report: Report) -> list[Figure]:
+    batches = [_batch_figure(report)] if report.has_batches else []
     return [
         _rate_figure(report, "prefill", "Prefill speed"),
         _rate_figure(report, "decode", "Decode speed"),
+        *batches,
         _latency_figure(report.cases),
         _memory_figure(report.cases),
     ]
@@ -125,7 +136,9 @@ def _rate_figure(report: Report, phase: str, heading: str) -> Figure:
     series = _rate_series(report, f"{phase}_tok_s")
     caption = "Median of the repetitions; whiskers from the slowest to the fastest."
     if report.peers:
-        caption += " Other engines as measured beside it."
+        caption += " Other engines as measured beside it, or as published where a machine is named."
+    if report.has_batches:
+        caption += " Of all sequences together."
     contexts = [result.case.prompt_tokens for result in report.cases]
     contexts += [peer.prompt_tokens for peer in report.peers if getattr(peer, f"{phase}_tok_s") is not None]
     highest = max((max(p.y, p.spread[1] if p.spread else 0.0) for s in series for p in s.points), default=0.0)
@@ -143,29 +156,54 @@ def _rate_figure(report: Report, phase: str, heading: str) -> Figure:
 
 def _rate_series(report: Report, field: str) -> list[svg.Series]:
     """Our line with its spread, then one line a peer; `field` is the name that cases and peers share."""
-    ours = []
-    for result in report.cases:
-        rate: Summary | None = getattr(result, field)
-        if rate:
-            spread = (rate.low, rate.high) if rate.interval else None
-            context = float(result.case.prompt_tokens)
-            ours.append(svg.Point(context, rate.median, format_number(rate.median), spread))
     lines: dict[str, list[svg.Point]] = {}
+    for result in report.cases:
+        name = f"{THIS_ENGINE} x {result.case.batch}" if report.has_batches else THIS_ENGINE
+        lines.setdefault(name, []).extend(_rate_points(result.case.prompt_tokens, getattr(result, field)))
     for peer in sorted(report.peers, key=lambda row: row.prompt_tokens):
         speed: float | None = getattr(peer, field)
         if speed is not None:
+            name = peer_name(peer) + (f" x {peer.batch}" if peer.batch > 1 else "")
             point = svg.Point(float(peer.prompt_tokens), speed, format_number(speed))
-            lines.setdefault(peer.name, []).append(point)
-    named = [(THIS_ENGINE, ours), *lines.items()]
-    return [svg.Series(name, tuple(points)) for name, points in named if points]
+            lines.setdefault(name, []).append(point)
+    return [svg.Series(name, tuple(points)) for name, points in lines.items() if points]
+
+
+def _rate_points(x: int, rate: Summary | None) -> list[svg.Point]:
+    """The median with its whisker; nothing if it was not measured."""
+    if rate is None:
+        return []
+    spread = (rate.low, rate.high) if rate.interval else None
+    return [svg.Point(float(x), rate.median, format_number(rate.median), spread)]
+
+
+def _batch_figure(report: Report) -> Figure:
+    """Decode speed of all sequences over their number, a line a context."""
+    lines: dict[str, list[svg.Point]] = {}
+    for result in report.cases:
+        name = f"{result.case.prompt_tokens:,} tokens each"
+        lines.setdefault(name, []).extend(_rate_points(result.case.batch, result.decode_tok_s))
+    series = [svg.Series(name, tuple(points)) for name, points in lines.items() if points]
+    highest = max((max(p.y, p.spread[1] if p.spread else 0.0) for s in series for p in s.points), default=0.0)
+    said = "; ".join(f"{s.name}, {p.x:g} sequences: {p.label} tok/s" for s in series for p in s.points)
+    plot = svg.line_plot(
+        "plot-batch",
+        "Decode speed over batch",
+        said or "Nothing was measured.",
+        svg.log2_axis(BATCH_AXIS, [result.case.batch for result in report.cases]),
+        svg.linear_axis("Decode speed of all (tok/s)", highest),
+        series,
+    )
+    caption = "Weights are read once a step for all sequences, so that more of them get more out of the same bytes."
+    return Figure("plot-batch", "Decode speed over batch", caption, Markup(plot))
 
 
 def _latency_figure(cases: Sequence[CaseResult]) -> Figure:
     """Percentile curves of the inter-token interval, one a context."""
     heading = "Inter-token latency"
-    measured = [result for result in cases if result.intervals_s]
+    measured = _some([result for result in cases if result.intervals_s])
     last = _last_percentile(max((len(result.intervals_s) for result in measured), default=0))
-    series = [svg.Series(f"{r.case.prompt_tokens:,} tokens", _percentile_points(r)) for r in measured]
+    series = [svg.Series(r.case.label, _percentile_points(r)) for r in measured]
     highest = max((point.y for line in series for point in line.points), default=0.0)
     said = "; ".join(f"{s.name}: " + ", ".join(f"p{p.x:g} {p.label} ms" for p in s.points if p.label) for s in series)
     plot = svg.line_plot(
@@ -178,6 +216,13 @@ def _latency_figure(cases: Sequence[CaseResult]) -> Figure:
     )
     caption = "How long a reader waits between two tokens: the share of intervals at or below each value."
     return Figure("plot-latency", heading, caption, Markup(plot))
+
+
+def _some(results: list[CaseResult]) -> list[CaseResult]:
+    """As many as a plot can tell apart, from the first to the last."""
+    if len(results) <= MOST_CURVES:
+        return results
+    return [results[round(i * (len(results) - 1) / (MOST_CURVES - 1))] for i in range(MOST_CURVES)]
 
 
 def _last_percentile(samples: int) -> float:
@@ -207,7 +252,7 @@ def _memory_figure(cases: Sequence[CaseResult]) -> Figure:
         "plot-memory",
         "Peak memory over context",
         said,
-        "Context (prompt tokens)",
+        "Context (prompt tokens)" + (" x sequences" if any(r.case.batch > 1 for r in cases) else ""),
         svg.linear_axis(f"Resident memory ({unit})", highest / size),
         bars,
         ("peak resident", "private, at the last token"),
@@ -220,7 +265,8 @@ def _memory_bar(result: CaseResult, size: int) -> svg.Bar:
     peak, private = result.memory.peak_bytes / size, result.memory.anonymous_bytes
     part = None if private is None else private / size
     label = "" if part is None else format_number(part)
-    return svg.Bar(svg.binary_text(result.case.prompt_tokens), peak, format_number(peak), part, label)
+    name = svg.binary_text(result.case.prompt_tokens) + (f"x{result.case.batch}" if result.case.batch > 1 else "")
+    return svg.Bar(name, peak, format_number(peak), part, label)
 
 
 def _machine_facts(machine: Machine, other_cpu: float | None) -> dict[str, str]:
@@ -239,12 +285,6 @@ def _machine_facts(machine: Machine, other_cpu: float | None) -> dict[str, str]:
         "Packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
         "Measured at": machine.timestamp.replace("T", " ").replace("+00:00", " UTC"),
     }
-
-
-def _interval(summary: Summary | None) -> str:
-    if summary is None or summary.interval is None:
-        return "-"
-    return " to ".join(format_number(max(0.0, bound)) for bound in summary.interval)
 
 
 def _label(key: str) -> str:

@@ -19,7 +19,10 @@ import psutil
 
 from edge.machine import usable_cores
 
-PACKAGES = ("minicpm-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+PACKAGES = (
+    *("minicpm-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "cuda-bindings"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu13"),
+)
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 NO_DEVICE = "no CUDA device"
 

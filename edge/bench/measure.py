@@ -1,24 +1,23 @@
-"""Measure prefill, decode and memory of an engine, one context length after the other."""
+"""Measure prefill, decode and memory of an engine, one case after the other."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
 from typing import Protocol
 
 import numpy as np
 
+from edge.bench.batch import time_batch
 from edge.bench.machine import MemoryUse, read_memory, reset_peak_memory
+from edge.bench.samples import BenchCase, CaseResult, Repetition, SpeculationResult
+from edge.engine import Engine
 from edge.errors import EdgeError, UsageError
 from edge.memory.measured import Compared
 from edge.sampler import SamplingParams
-
-PERCENTILES = (50, 90, 99)
-# two-sided 95 % quantiles of Student's t for 1..9 degrees of freedom
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from edge.speculation.statistics import Speculated
 
 Clock = Callable[[], float]
 Progress = Callable[[int, int, str], None]
@@ -32,7 +31,7 @@ class TokenEvent(Protocol):
 
 
 class BenchEngine(Protocol):
-    """What the benchmark needs of an engine."""
+    """What the benchmark needs of an engine. Batches and speculation need the real one."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -47,68 +46,6 @@ class BenchEngine(Protocol):
     def ledger(self) -> Sequence[Compared]: ...
 
 
-@dataclass(frozen=True)
-class BenchCase:
-    """One workload: a prompt of `prompt_tokens`, then `new_tokens` generated tokens."""
-
-    prompt_tokens: int
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """One timed run, in seconds: time to first token, then the gap before each further token."""
-
-    ttft_s: float
-    intervals_s: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A figure over the repetitions; `interval` is the mean's 95 % t interval (None for one repetition)."""
-
-    median: float
-    low: float
-    high: float
-    interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """All raw samples of one case and the figures that follow from them."""
-
-    case: BenchCase
-    repetitions: tuple[Repetition, ...]
-    memory: MemoryUse
-
-    @property
-    def ttft_s(self) -> Summary:
-        """Time to first token, seconds: prefill of the whole prompt plus sampling once."""
-        return _summary([r.ttft_s for r in self.repetitions])
-
-    @property
-    def prefill_tok_s(self) -> Summary | None:
-        """prompt_tokens / TTFT; None if the clock saw no time pass."""
-        return _rate([(self.case.prompt_tokens, r.ttft_s) for r in self.repetitions])
-
-    @property
-    def decode_tok_s(self) -> Summary | None:
-        """(n - 1) / sum of intervals; None for a single token or if the clock saw no time pass."""
-        return _rate([(len(r.intervals_s), sum(r.intervals_s)) for r in self.repetitions])
-
-    @property
-    def intervals_s(self) -> tuple[float, ...]:
-        """The inter-token intervals of all repetitions, pooled."""
-        return tuple(interval for r in self.repetitions for interval in r.intervals_s)
-
-    @property
-    def interval_percentiles_s(self) -> dict[int, float] | None:
-        """p50, p90 and p99 of the pooled inter-token intervals, linearly interpolated; None without any."""
-        if not self.intervals_s:
-            return None
-        return dict(zip(PERCENTILES, np.percentile(self.intervals_s, PERCENTILES).tolist(), strict=True))
-
-
 def measure_cases(
     engine: BenchEngine,
     cases: Sequence[BenchCase],
@@ -120,30 +57,87 @@ def measure_cases(
 ) -> tuple[CaseResult, ...]:
     """Run each case once to warm up and `repeat` times under the clock, greedily and past any end token.
 
-    Cases run from the shortest to the longest, so that memory the process keeps from a long case is not
-    counted in a shorter one. Every run has its own random prompt: a prefix cache cannot answer it.
+    Cases run from the smallest to the largest, so that memory the process keeps from a large case is not counted in a
+    smaller one; the results are by batch and length. Every run has its own random prompts: a prefix cache cannot answer
+    them. An engine that speculates runs each case without, too, in turns.
     `progress(done, total, label)` counts runs, warm-ups included. Raises before anything runs: UsageError for
     lengths below 1, EdgeError for a case over `engine.max_context`.
     """
-    ordered = sorted(cases, key=lambda case: (case.prompt_tokens, case.new_tokens))
+    ordered = sorted(set(cases), key=lambda case: (case.batch * case.context, case.prompt_tokens))
     _check(ordered, repeat, engine.max_context)
-    runs = repeat + 1
     results = []
     for index, case in enumerate(ordered):
-        peak_was_reset = reset_peak_memory()
-        repetitions = []
-        for run in range(runs):
+
+        def tell(run: int, base: int = index * (repeat + 1), label: str = case.label) -> None:
             if progress:
                 what = f"repetition {run} of {repeat}" if run else "warm-up"
-                progress(index * runs + run, len(ordered) * runs, f"{case.prompt_tokens} tokens, {what}")
-            draw = np.random.default_rng([seed, index, run])
-            prompt = draw.integers(engine.vocab_size, size=case.prompt_tokens).tolist()
-            repetition, memory = _time_run(engine, prompt, case.new_tokens, clock, peak_was_reset)
-            repetitions.append(repetition)
-        results.append(CaseResult(case, tuple(repetitions[1:]), memory))
+                progress(base + run, len(ordered) * (repeat + 1), f"{label}, {what}")
+
+        results.append(_measure_case(engine, case, repeat, seed, clock, tell))
     if progress:
-        progress(len(ordered) * runs, len(ordered) * runs, "done")
-    return tuple(results)
+        progress(len(ordered) * (repeat + 1), len(ordered) * (repeat + 1), "done")
+    return tuple(sorted(results, key=lambda r: (r.case.batch, r.case.prompt_tokens, r.case.new_tokens)))
+
+
+def make_prompts(case: BenchCase, seed: int, run: int, vocab_size: int) -> list[list[int]]:
+    """Random token ids of one run's sequences; they depend on the seed and the case, not on what else is measured."""
+    return [
+        np.random.default_rng([seed, case.prompt_tokens, case.new_tokens, case.batch, run, sequence])
+        .integers(vocab_size, size=case.prompt_tokens)
+        .tolist()
+        for sequence in range(case.batch)
+    ]
+
+
+def hash_prompts(prompts: Sequence[Sequence[int]]) -> str:
+    """sha256 over the ids as little-endian int32, each prompt after its length."""
+    digest = hashlib.sha256()
+    for ids in prompts:
+        digest.update(np.asarray([len(ids), *ids], "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _measure_case(
+    engine: BenchEngine, case: BenchCase, repeat: int, seed: int, clock: Clock, tell: Callable[[int], None]
+) -> CaseResult:
+    """The warm-up and all repetitions of one case."""
+    peak_was_reset = reset_peak_memory()
+    speculation = engine.speculation if isinstance(engine, Engine) else None
+    before = Speculated()
+    repetitions, plain = [], []
+    for run in range(repeat + 1):
+        tell(run)
+        prompts = make_prompts(case, seed, run, engine.vocab_size)
+        repetition, memory = _time_run(engine, prompts, case, clock, peak_was_reset)
+        repetitions.append(repetition)
+        if speculation is not None:
+            plain.append(_time_batch(engine, prompts, case, clock, peak_was_reset, speculate=False)[0])
+            if run == 0:
+                before.merge(speculation.totals)
+    found = None if speculation is None else _speculated(before, speculation.totals, plain[1:])
+    hashed = hash_prompts(make_prompts(case, seed, 1, engine.vocab_size))
+    return CaseResult(case, tuple(repetitions[1:]), memory, hashed, found)
+
+
+def _speculated(before: Speculated, after: Speculated, plain: Sequence[Repetition]) -> SpeculationResult:
+    """What was verified since the warm-up: the totals of an engine are those of its whole life."""
+    lengths, depths = after.lengths - before.lengths, after.depths - before.depths
+    by_depth = tuple(
+        (
+            sum(count for deepest, count in depths.items() if deepest >= depth),
+            sum(count for emitted, count in lengths.items() if emitted > depth),
+        )
+        for depth in range(1, max(depths, default=0) + 1)
+    )
+    return SpeculationResult(
+        steps=after.steps - before.steps,
+        proposed=after.proposed - before.proposed,
+        accepted=after.accepted - before.accepted,
+        emitted=after.emitted - before.emitted,
+        by_depth=by_depth,
+        draft_s=round(after.draft_seconds - before.draft_seconds, 9),
+        plain=tuple(plain),
+    )
 
 
 def _check(cases: Sequence[BenchCase], repeat: int, max_context: int) -> None:
@@ -152,12 +146,12 @@ def _check(cases: Sequence[BenchCase], repeat: int, max_context: int) -> None:
     if repeat < 1:
         raise UsageError(f"{repeat} repetitions measure nothing: ask for at least 1.")
     for case in cases:
-        if case.prompt_tokens < 1 or case.new_tokens < 1:
+        if min(case.prompt_tokens, case.new_tokens, case.batch) < 1:
             raise UsageError(
-                f"a case of {case.prompt_tokens} prompt and {case.new_tokens} new tokens cannot run: "
-                "both must be at least 1."
+                f"a case of {case.prompt_tokens} prompt and {case.new_tokens} new tokens, {case.batch} at once, "
+                "cannot run: each must be at least 1."
             )
-        if case.prompt_tokens + case.new_tokens > max_context:
+        if case.context > max_context:
             raise EdgeError(
                 f"a context of {case.prompt_tokens} prompt and {case.new_tokens} new tokens is over this "
                 f"engine's limit of {max_context} tokens: ask for shorter contexts or raise the limit."
@@ -165,56 +159,60 @@ def _check(cases: Sequence[BenchCase], repeat: int, max_context: int) -> None:
 
 
 def _time_run(
-    engine: BenchEngine, prompt: Sequence[int], new_tokens: int, clock: Clock, peak_was_reset: bool
+    engine: BenchEngine, prompts: Sequence[Sequence[int]], case: BenchCase, clock: Clock, peak_was_reset: bool
 ) -> tuple[Repetition, MemoryUse]:
-    """Time one generation; memory is read at its last token, while the whole context is still held."""
-    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    """Time one run of a case; memory is read at its last token, while the whole context is still held."""
+    if case.batch > 1:
+        return _time_batch(engine, prompts, case, clock, peak_was_reset)
     arrivals: list[float] = []
     start = clock()
-    stream = engine.generate(prompt, params)
+    stream = engine.generate(prompts[0], _greedy(case))
     for _ in stream:
         arrivals.append(clock())
-        if len(arrivals) == new_tokens:
+        if len(arrivals) == case.new_tokens:
             break
     memory = read_memory(peak_was_reset)
     surplus = next(stream, None) is not None
-    if surplus or len(arrivals) < new_tokens:
-        count = f"more than {new_tokens}" if surplus else f"only {len(arrivals)}"
-        raise EdgeError(
-            f"the engine generated {count} tokens where {new_tokens} were asked for: "
-            "its figures would not be comparable."
-        )
-    # nanoseconds are the clock's resolution; more digits would only swell the report
-    gaps = tuple(round(b - a, 9) for a, b in pairwise(arrivals))
-    return Repetition(round(arrivals[0] - start, 9), gaps), memory
+    if surplus or len(arrivals) < case.new_tokens:
+        _refuse_count(f"more than {case.new_tokens}" if surplus else f"only {len(arrivals)}", case)
+    gaps = tuple(_rounded(b - a) for a, b in pairwise(arrivals))
+    return Repetition(_rounded(arrivals[0] - start), gaps), memory
 
 
-def _rate(samples: Sequence[tuple[int, float]]) -> Summary | None:
-    """Tokens per second over (tokens, seconds) samples; None if any of them has no tokens or no duration."""
-    if any(tokens == 0 or seconds <= 0 for tokens, seconds in samples):
-        return None
-    return _summary([tokens / seconds for tokens, seconds in samples])
+def _time_batch(
+    engine: BenchEngine,
+    prompts: Sequence[Sequence[int]],
+    case: BenchCase,
+    clock: Clock,
+    peak_was_reset: bool,
+    *,
+    speculate: bool = True,
+) -> tuple[Repetition, MemoryUse]:
+    """The same of sequences that the engine steps together, or of one that it decodes plainly."""
+    assert isinstance(engine, Engine)
+    run = time_batch(engine, prompts, _greedy(case), clock, peak_was_reset=peak_was_reset, speculate=speculate)
+    if short := [len(gaps) + 1 for gaps in run.intervals if len(gaps) + 1 != case.new_tokens]:
+        _refuse_count(f"only {short[0]}", case)
+    repetition = Repetition(
+        _rounded(run.first - run.start),
+        tuple(_rounded(gap) for gaps in run.intervals for gap in gaps),
+        tuple(map(_rounded, run.first_tokens)),
+        _rounded(run.end - run.first),
+    )
+    return repetition, run.memory
 
 
-def _summary(values: Sequence[float]) -> Summary:
-    return Summary(float(np.median(values)), min(values), max(values), _mean_interval(values))
+def _greedy(case: BenchCase) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=case.new_tokens, ignore_eos=True)
 
 
-def _mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean: mean +- t(0.975, n-1) s / sqrt(n)."""
-    if len(values) < 2:
-        return None
-    half = student_t_95(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    mean = float(np.mean(values))
-    return mean - half, mean + half
+def _refuse_count(count: str, case: BenchCase) -> None:
+    raise EdgeError(
+        f"the engine generated {count} tokens where {case.new_tokens} were asked for: "
+        "its figures would not be comparable."
+    )
 
 
-def student_t_95(degrees: int) -> float:
-    """97.5 % quantile of Student's t: table, then the Cornish-Fisher expansion around the normal quantile."""
-    if degrees <= len(T_95):
-        return T_95[degrees - 1]
-    z = NormalDist().inv_cdf(0.975)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3
+def _rounded(seconds: float) -> float:
+    """Nanoseconds are the clock's resolution; more digits would only swell the report."""
+    return round(seconds, 9)

@@ -6,45 +6,25 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge.bench.machine import Machine, MemoryUse, describe_machine, other_cpu_share, read_cpu_clock
-from edge.bench.measure import (
-    BenchCase,
-    BenchEngine,
-    CaseResult,
-    Clock,
-    Progress,
-    Repetition,
-    Summary,
-    measure_cases,
-)
+from edge.bench.checks import Gate
+from edge.bench.decode import decode
+from edge.bench.fit import Skipped
+from edge.bench.identity import Identity
+from edge.bench.machine import Machine, describe_machine, other_cpu_share, read_cpu_clock
+from edge.bench.measure import BenchEngine, Clock, Progress, measure_cases
+from edge.bench.options import BenchOptions, PeerRow, WorkloadFacts
+from edge.bench.roofline import Roofline
+from edge.bench.samples import CaseResult, Summary
 from edge.errors import EdgeError
 from edge.memory.measured import Compared
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # report.schema.json describes it; reports of version 1 lack fields that have defaults
 BUSY_SHARE = 0.10
 UNSTEADY_SPREAD = 0.10
-
-
-@dataclass(frozen=True)
-class PeerRow:
-    """Another engine's speed at a context; None where it was not measured.
-
-    `prompt_tokens`: of the prompt, and in the cache when decoding begins. Speeds are of all `batch` sequences together.
-    `machine` and `source` (the tool, its version, the file) are "" if unknown; `note` says what a figure leaves out.
-    """
-
-    name: str
-    prompt_tokens: int
-    prefill_tok_s: float | None
-    decode_tok_s: float | None
-    batch: int = 1
-    machine: str = ""
-    source: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +32,8 @@ class Report:
     """One benchmark: raw samples, the machine, the engine, and optional rows of other engines.
 
     `other_cpu` is the share (0..1) of the machine's CPU time that other processes took meanwhile. `ledger`: the lines
-    of the plan beside what all cases together took.
+    of the plan beside what all cases together took. `skipped`: cases that do not fit. None: roofline, gate and identity
+    were not asked for, or the report is older than they are.
     """
 
     cases: Sequence[CaseResult]
@@ -62,6 +43,16 @@ class Report:
     other_cpu: float | None = None
     peers: Sequence[PeerRow] = ()
     ledger: Sequence[Compared] = ()
+    skipped: Sequence[Skipped] = ()
+    workload: WorkloadFacts | None = None
+    roofline: Roofline | None = None
+    gate: Gate | None = None
+    identity: Identity | None = None
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether any case has several sequences."""
+        return any(result.case.batch > 1 for result in self.cases)
 
 
 @dataclass(frozen=True)
@@ -85,20 +76,27 @@ class Comparison:
 
 def run_bench(
     engine: BenchEngine,
-    cases: Sequence[BenchCase],
+    options: BenchOptions,
     *,
-    repeat: int = 3,
-    seed: int = 0,
-    peers: Sequence[PeerRow] = (),
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure `cases` on `engine` (see `measure_cases`) and add the facts of machine and engine."""
+    """Measure the cases on `engine` (see `measure_cases`) and add the facts of machine and engine."""
     before = read_cpu_clock()
+    cases, repeat, seed = options.cases, options.repeat, options.seed
     results = measure_cases(engine, cases, repeat=repeat, seed=seed, clock=clock, progress=progress)
     after, machine = read_cpu_clock(), describe_machine()
-    other = other_cpu_share(before, after, machine.logical_cores)
-    return Report(results, machine, engine.describe(), seed, other, tuple(peers), tuple(engine.ledger()))
+    return Report(
+        results,
+        machine,
+        engine.describe(),
+        seed,
+        other_cpu_share(before, after, machine.logical_cores),
+        tuple(options.peers),
+        tuple(engine.ledger()),
+        tuple(options.skipped),
+        options.workload,
+    )
 
 
 def execution(report: Report) -> str:
@@ -114,17 +112,26 @@ def case_figures(result: CaseResult) -> dict[str, Any]:
     names = ("ttft_s", "prefill_tok_s", "decode_tok_s")
     summaries: dict[str, Summary | None] = {name: getattr(result, name) for name in names}
     figures: dict[str, Any] = {name: summary and asdict(summary) for name, summary in summaries.items()}
-    percentiles = result.interval_percentiles_s
-    figures["interval_s"] = percentiles and {f"p{p}": value for p, value in percentiles.items()}
+    percentiles = {"ttft_percentiles_s": result.ttft_percentiles_s, "interval_s": result.interval_percentiles_s}
+    for name, found in percentiles.items():
+        figures[name] = found and {f"p{p}": value for p, value in found.items()}
+    if (done := result.speculation) is not None:
+        figures["speculation"] = {
+            "tokens_per_step": done.tokens_per_step,
+            "accepted_share": done.accepted_share,
+            "depth_shares": done.depth_shares,
+            "draft_share": result.draft_share,
+            "plain_decode_tok_s": done.plain_decode_tok_s and asdict(done.plain_decode_tok_s),
+        }
     return figures
 
 
 def compare_peers(report: Report) -> list[Comparison]:
-    """The peer rows by context, with our figures at the same context (None if we did not measure it)."""
-    ours = {result.case.prompt_tokens: result for result in report.cases}
+    """The peer rows by context, with our figures at the same context and batch (None if we did not measure it)."""
+    ours = {(result.case.prompt_tokens, result.case.batch): result for result in report.cases}
     rows = []
-    for peer in sorted(report.peers, key=lambda row: (row.prompt_tokens, row.name)):
-        result = ours.get(peer.prompt_tokens)
+    for peer in sorted(report.peers, key=lambda row: (row.batch, row.prompt_tokens, row.name)):
+        result = ours.get((peer.prompt_tokens, peer.batch))
         prefill = result.prefill_tok_s if result else None
         decode = result.decode_tok_s if result else None
         rows.append(Comparison(peer, prefill.median if prefill else None, decode.median if decode else None))
@@ -145,7 +152,7 @@ def notes(report: Report) -> list[str]:
             if rate and (rate.high - rate.low) / rate.median > UNSTEADY_SPREAD:
                 spread = (rate.high - rate.low) / rate.median
                 found.append(
-                    f"{what} at {result.case.prompt_tokens:,} tokens varied by {spread:.0%} between "
+                    f"{what} at {result.case.label} varied by {spread:.0%} between "
                     "repetitions: repeat on a quieter machine."
                 )
     if any(0 < len(result.intervals_s) < 100 for result in report.cases):
@@ -168,26 +175,25 @@ def to_dict(report: Report) -> dict[str, Any]:
     return values
 
 
-def from_dict(values: dict[str, Any], source: str = "report") -> Report:
+def from_dict(values: Any, source: str = "report") -> Report:
     """The inverse of `to_dict`; EdgeError names `source` and the field that is missing or wrong."""
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
         raise EdgeError(f"{source} is not a benchmark report: it has no schema_version.")
     if version > SCHEMA_VERSION:
         raise EdgeError(f"{source} has schema version {version}, newer than {SCHEMA_VERSION}: update edge to read it.")
+    derived = ("schema_version", "execution", "notes")
+    stored = {key: value for key, value in values.items() if key not in derived}
     try:
-        cases = tuple(_case_from_dict(case) for case in values["cases"])
-        if not cases:
-            raise ValueError("it has no cases")
-        machine = {name.name: values["machine"][name.name] for name in fields(Machine)}
-        machine["instruction_sets"] = tuple(machine["instruction_sets"])
-        peers = tuple(PeerRow(**peer) for peer in values["peers"])
-        ledger = tuple(Compared(**row) for row in values.get("ledger", ()))  # older reports have none
-        return Report(cases, Machine(**machine), values["engine"], values["seed"], values["other_cpu"], peers, ledger)
+        stored["cases"] = [{key: case[key] for key in case if key != "summary"} for case in stored["cases"]]
+        report = decode(Report, stored)
+        if not report.cases or not all(result.repetitions for result in report.cases):
+            raise ValueError("it has no cases" if not report.cases else "a case has no repetitions")
     except KeyError as error:
         raise EdgeError(f"{source} is damaged: field {error} is missing.") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise EdgeError(f"{source} is damaged: {error}.") from error
+    return report
 
 
 def to_json(report: Report) -> str:
@@ -217,11 +223,3 @@ def write_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise EdgeError(f"cannot write the report {path}: {error.strerror}.") from error
-
-
-def _case_from_dict(values: dict[str, Any]) -> CaseResult:
-    runs = values["repetitions"]
-    if not runs:
-        raise ValueError("a case has no repetitions")
-    repetitions = tuple(Repetition(float(r["ttft_s"]), tuple(map(float, r["intervals_s"]))) for r in runs)
-    return CaseResult(BenchCase(**values["case"]), repetitions, MemoryUse(**values["memory"]))

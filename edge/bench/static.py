@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edge.bench.step_bytes import StepBytes, attended
 from edge.bench.tables import format_number
 from edge.config import ModelConfig, SparseConfig
 from edge.models import MINICPM4_05B, MINICPM4_8B
@@ -29,21 +30,6 @@ HEAD_BITS = 4 + 16 / 128
 WEIGHTS = {"int4": 4 + 16 / 128, "ternary": 2.0}  # bits of a weight: int4 with a 16-bit scale for every 128
 CONTEXTS = (4096, 32768, 131072)
 MODELS = {"MiniCPM4-0.5B": MINICPM4_05B, "MiniCPM4-8B": MINICPM4_8B}
-
-
-@dataclass(frozen=True)
-class StepBytes:
-    """Bytes that one decode step of one sequence reads: weights, head, keys and values, compressed keys."""
-
-    weights: float
-    head: float
-    kv: float
-    compressed: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.weights + self.head + self.kv + self.compressed
 
 
 @dataclass(frozen=True)
@@ -63,12 +49,7 @@ def step_bytes(config: ModelConfig, context: int, weight_bits: float, sparse: Sp
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     layer = config.hidden_size * (config.head_dim * heads + 3 * config.intermediate_size)
     row = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * KV_BYTES
-    tokens, windows = context, 0
-    if sparse is not None and sparse.is_sparse(context):
-        selected = sparse.selected_blocks * sparse.block_size
-        if context > selected:
-            tokens = selected
-            windows = context // sparse.kernel_stride + context // (4 * sparse.kernel_stride)
+    tokens, windows = attended(context, sparse)
     return StepBytes(
         weights=config.num_hidden_layers * layer * weight_bits / 8,
         head=config.vocab_size * config.hidden_size * HEAD_BITS / 8,

@@ -1,8 +1,9 @@
-"""The report as text: number formats, tables for the terminal (80 columns) and for Markdown."""
+"""The report as text: tables for the terminal (80 columns) and for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,39 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from edge.bench.machine import Machine
-from edge.bench.measure import PERCENTILES, CaseResult, Summary
+from edge.bench.numbers import NONE, format_bytes, format_number, format_ratio, format_seconds
+from edge.bench.options import PeerRow
 from edge.bench.report import Report, compare_peers, execution, notes
+from edge.bench.samples import PERCENTILES, CaseResult, Summary
+from edge.bench.sections import Section, case_cells, case_headings, sections
 from edge.memory.ledger import MEMORY
 from edge.memory.measured import Compared, totals
 
-NONE = "-"
 LEDGER_HEADINGS = ("Memory", "Planned", "Measured", "Difference")
 PEER_HEADINGS = ("Engine", "Context", "Prefill tok/s", "ours / it", "Decode tok/s", "ours / it")
-
-
-def format_number(value: float | None) -> str:
-    """Three significant digits, thousands separated: 0.512, 9.84, 75.2, 13,558."""
-    if value is None:
-        return NONE
-    if value == 0 or abs(value) >= 99.95:
-        return f"{value:,.0f}"
-    decimals = next(d for d, limit in ((1, 9.995), (2, 0.9995), (3, 0.0)) if abs(value) >= limit)
-    return f"{value:.{decimals}f}"
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Milliseconds below a second, seconds above."""
-    if seconds is None:
-        return NONE
-    return f"{format_number(seconds * 1000)} ms" if seconds < 0.9995 else f"{format_number(seconds)} s"
-
-
-def format_bytes(size: float | None) -> str:
-    """MiB below 1 GiB, GiB above."""
-    if size is None:
-        return NONE
-    unit, scale = ("MiB", 2**20) if size < 1023.5 * 2**20 else ("GiB", 2**30)
-    return f"{format_number(size / scale)} {unit}"
 
 
 def format_spread(summary: Summary | None) -> str:
@@ -75,11 +53,6 @@ def ledger_cells(report: Report) -> list[list[str]]:
     ]
 
 
-def format_ratio(ratio: float | None) -> str:
-    """Our figure over the peer's: 1.08x."""
-    return NONE if ratio is None else f"{ratio:.2f}x"
-
-
 def format_percentiles(result: CaseResult) -> list[str]:
     """p50, p90 and p99 of the inter-token intervals in milliseconds."""
     percentiles = result.interval_percentiles_s
@@ -97,6 +70,22 @@ def model_line(report: Report) -> str:
     """The model and how its weights are stored."""
     model, weights = report.engine.get("model", "unknown model"), report.engine.get("weights")
     return f"{model}, {weights} weights" if weights else model
+
+
+def peer_name(peer: PeerRow) -> str:
+    """With the machine, if it is another one."""
+    return f"{peer.name}, {peer.machine}" if peer.machine else peer.name
+
+
+def peer_case(peer: PeerRow) -> str:
+    """Its context, and its sequences if they are several."""
+    return f"{peer.prompt_tokens:,}" + (f" x {peer.batch}" if peer.batch > 1 else "")
+
+
+def peer_sources(report: Report) -> str:
+    """One sentence for each source of figures that were not measured beside ours; "" if there is none."""
+    found = dict.fromkeys(f"{peer.source}: {peer_name(peer)}" for peer in report.peers if peer.source)
+    return f"{'; '.join(found)}." if found else ""
 
 
 def workload_line(report: Report) -> str:
@@ -118,6 +107,11 @@ def terminal(report: Report) -> RenderableType:
         parts.append(Text("Medians; below them the slowest to the fastest repetition.", style="dim"))
     if report.peers:
         parts += [Text(), _named_table(PEER_HEADINGS, _peer_cells(report))]
+        if sources := peer_sources(report):
+            parts.append(Text(fill(sources, 80), style="dim"))
+    for section in sections(report):
+        parts += [Text(f"\n{section.heading}", style="bold"), _section_table(section)]
+        parts.append(Text(fill(section.caption, 80), style="dim"))
     if report.ledger:
         parts += [Text(), _named_table(LEDGER_HEADINGS, ledger_cells(report))]
         parts.append(Text("Process and headroom are bounds; the total leaves out what is elsewhere.", style="dim"))
@@ -128,9 +122,10 @@ def terminal(report: Report) -> RenderableType:
 
 def markdown(report: Report) -> str:
     """The report as Markdown, for an issue or a README."""
-    rows = [_result_cells(result, " (", ")") for result in report.cases]
+    rows = [_result_cells(report, result, " (", ")") for result in report.cases]
     percentiles = [f"p{p} ms" for p in PERCENTILES]
-    headings = ["Context", "TTFT", "Prefill tok/s", "Decode tok/s", *percentiles, "Peak memory"]
+    case = [heading.replace("\n", " ").strip() for heading in case_headings(report)]
+    headings = [*case, "TTFT", "Prefill tok/s", "Decode tok/s", *percentiles, "Peak memory"]
     lines = [
         f"# Benchmark of {_plain(model_line(report))}",
         "",
@@ -141,6 +136,10 @@ def markdown(report: Report) -> str:
     ]
     if report.peers:
         lines += ["", *_markdown_table(PEER_HEADINGS, _peer_cells(report))]
+        lines += ["", _plain(sources)] if (sources := peer_sources(report)) else []
+    for section in sections(report):
+        names = [heading.replace("\n", " ").strip() for heading in section.headings]
+        lines += ["", f"## {section.heading}", "", *_markdown_table(names, section.rows), "", _plain(section.caption)]
     if report.ledger:
         lines += ["", *_markdown_table(LEDGER_HEADINGS, ledger_cells(report))]
     lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
@@ -150,11 +149,22 @@ def markdown(report: Report) -> str:
 def _result_table(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     rates, percentiles = ("Prefill\ntok/s", "Decode\ntok/s"), [f"p{p}\nms" for p in PERCENTILES]
-    for heading in ("Context\ntokens", "\nTTFT", *rates, *percentiles, "Peak\nmemory"):
+    for heading in (*case_headings(report), "\nTTFT", *rates, *percentiles, "Peak\nmemory"):
         # only the spreads may wrap, between two numbers
         table.add_column(heading, justify="right", no_wrap=heading not in rates)
     for result in report.cases:
-        table.add_row(*_result_cells(result, "\n", ""))
+        table.add_row(*_result_cells(report, result, "\n", ""))
+    return table
+
+
+def _section_table(section: Section) -> Table:
+    """Words wrap, numbers do not."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(section.headings):
+        is_words = index < section.words
+        table.add_column(heading, justify="left" if is_words else "right", no_wrap=not is_words)
+    for row in section.rows:
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -169,14 +179,14 @@ def _named_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
     return table
 
 
-def _result_cells(result: CaseResult, before_spread: str, after_spread: str) -> list[str]:
+def _result_cells(report: Report, result: CaseResult, before_spread: str, after_spread: str) -> list[str]:
     def with_spread(summary: Summary | None) -> str:
         spread = format_spread(summary)
         median = format_number(summary.median if summary else None)
         return f"{median}{before_spread}{spread}{after_spread}" if spread else median
 
     return [
-        f"{result.case.prompt_tokens:,}",
+        *case_cells(report, result.case),
         format_seconds(result.ttft_s.median),
         with_spread(result.prefill_tok_s),
         with_spread(result.decode_tok_s),
@@ -188,8 +198,8 @@ def _result_cells(result: CaseResult, before_spread: str, after_spread: str) -> 
 def _peer_cells(report: Report) -> list[list[str]]:
     return [
         [
-            row.peer.name,
-            f"{row.peer.prompt_tokens:,}",
+            peer_name(row.peer),
+            peer_case(row.peer),
             format_number(row.peer.prefill_tok_s),
             format_ratio(row.prefill_ratio),
             format_number(row.peer.decode_tok_s),

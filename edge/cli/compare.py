@@ -13,7 +13,7 @@ from edge.cli.report_files import wanted_forms, write_forms
 from edge.errors import EdgeError
 
 if TYPE_CHECKING:
-    from edge.bench.report import PeerRow
+    from edge.bench.options import PeerRow
 
 Peers = Annotated[
     list[str] | None,

@@ -363,4 +363,5 @@ class TensorRTExecutor:
             "kernels": f"plugins, {self._kernels.device.architecture}",
             "decode": decode,
             "kv": kv,
+            "engine": self._engine.key,
         }

@@ -18,7 +18,7 @@ from plugins.tensorrt import register_plugins
 class LoadedEngine:
     """An engine on the device. working_bytes: activations and scratch of the profile that needs most of them.
 
-    device_bytes: by which the device's free memory fell when it was loaded.
+    device_bytes: by which the device's free memory fell when it was loaded. key: of the recipe it was built by.
     """
 
     tensorrt: str
@@ -28,6 +28,7 @@ class LoadedEngine:
     working_bytes: int
     host: PluginHost
     errors: list[str]
+    key: str
     device_bytes: int = 0
     kept: list[Any] = field(default_factory=list)  # the runtime and the plugins' creators, which must outlive it
 
@@ -57,7 +58,7 @@ def load_engine(file: EngineFile, flavour: Flavour, host: PluginHost) -> LoadedE
     profiles = tuple(profile.name for profile in file.recipe.profiles)
     working = max(engine.get_device_memory_size_for_profile_v2(i) for i in range(len(profiles)))
     kept = [runtime, *creators]
-    return LoadedEngine(flavour.name, api, engine, profiles, max(working, 1), host, errors, kept=kept)
+    return LoadedEngine(flavour.name, api, engine, profiles, max(working, 1), host, errors, file.recipe.key, kept=kept)
 
 
 def _read(path: Path) -> bytes:

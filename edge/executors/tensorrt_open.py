@@ -8,7 +8,7 @@ from edge.bundle import Bundle
 from edge.config import SparseConfig
 from edge.cuda import Device, Kernels, open_device
 from edge.engine_file import EngineFile, choose_engine
-from edge.errors import EdgeError, UsageError
+from edge.errors import EdgeError, NoRoomError, UsageError
 from edge.executors.tensorrt import TensorRTExecutor
 from edge.executors.tensorrt_engine import LoadedEngine, load_engine
 from edge.executors.tensorrt_sizes import Sizes, pinned_bytes, pool_bytes
@@ -52,9 +52,11 @@ def open_executor(
     longest = sizes.table_width * PAGE_TOKENS
     limit = min(bundle.manifest.limits["max_context"], longest)
     if options.context is not None and options.context > longest:
-        raise EdgeError(
+        raise NoRoomError(
             f"--context {options.context} exceeds the {longest} tokens that {file.path.name} was built for; ask for "
-            f"less, or run: edge build --max-context {options.context}"
+            f"less, or run: edge build --max-context {options.context}",
+            longest,
+            "the engine's context",
         )
     if options.offload is not None:
         _refuse_offload(device)

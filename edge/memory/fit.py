@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edge.bundle import Bundle
-from edge.errors import EdgeError
+from edge.errors import EdgeError, NoRoomError
 from edge.kv_cache import pages_for
 from edge.machine import available_memory
 from edge.memory.attended import least_streamed
@@ -60,7 +60,13 @@ def fit_plan(bundle: Bundle, options: EngineOptions, ledger: Ledger, run: Run, *
     budget = budget_of(options, free)
     fitting = largest_context(ledger, run, budget)
     if fitting < (1 if options.context is None else run.context):
-        raise EdgeError(_refusal(bundle, options, ledger, run, budget, fitting))
+        raise NoRoomError(
+            _refusal(bundle, options, ledger, run, budget, fitting),
+            fitting,
+            "memory",
+            budget,
+            lambda context: total(ledger(replace(run, context=context))),
+        )
     run = most_spare(ledger, replace(run, context=fitting), budget)
     return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
 
@@ -83,7 +89,13 @@ def fit_offloaded(
         fitting = min(fitting, room // page // contexts * PAGE_TOKENS)
     if fitting < (least * PAGE_TOKENS if options.context is None else run.context):
         plain = largest_context(ledger, run, budget)
-        raise EdgeError(_offload_refusal(options, ledger, leanest, budget, room, max(fitting, plain)))
+        raise NoRoomError(
+            _offload_refusal(options, ledger, leanest, budget, room, max(fitting, plain)),
+            max(fitting, plain),
+            "memory, with offloaded pages",
+            budget if total(ledger(leanest)) > budget else None,
+            lambda context: total(ledger(replace(leanest, context=context))),
+        )
     run = most_resident(ledger, replace(run, context=min(fitting, run.context)), budget, least)
     return Plan(run, ledger(run), budget, resolve_sparse(bundle, options))
 

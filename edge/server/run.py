@@ -79,6 +79,7 @@ def serve(service: Service, listening: socket.socket, host: str) -> None:
     """Until SIGTERM or SIGINT."""
     config = uvicorn.Config(
         make_app(service),
+        http="h11",  # httptools, where it is installed, has no limit for headers
         log_config=None,
         access_log=False,
         server_header=False,

@@ -199,4 +199,4 @@ class Speculator:
         if step_seconds is not None:
             self._paces[self._chosen].verified(tree, accepted.path, step_seconds, self._draft_seconds)
         for statistics in (self.statistics, self._totals):
-            statistics.add(len(tree) - 1, len(accepted.tokens), self._draft_seconds)
+            statistics.add(len(tree) - 1, len(accepted.tokens), self._draft_seconds, int(tree.depths.max()))

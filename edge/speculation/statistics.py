@@ -11,8 +11,8 @@ from typing import Any
 class Speculated:
     """Verified trees of a request: `steps` of them, with `proposed` nodes, `accepted` ones and `emitted` tokens.
 
-    `lengths` counts the steps by how many tokens they emitted. Tokens of prefill and of plain steps are in none of
-    these: counting the reply's first token as a step of length 1 would bias the mean.
+    `lengths` counts the steps by how many tokens they emitted, `depths` by the levels of their trees. Tokens of prefill
+    and of plain steps are in none of these: counting the reply's first token as a step of length 1 would bias the mean.
     """
 
     steps: int = 0
@@ -21,15 +21,19 @@ class Speculated:
     emitted: int = 0
     draft_seconds: float = 0.0
     lengths: Counter[int] = field(default_factory=Counter)
+    depths: Counter[int] = field(default_factory=Counter)
 
-    def add(self, proposed: int, emitted: int, draft_seconds: float = 0.0) -> None:
-        """A step verified `proposed` nodes and emitted the accepted ones' tokens and one more."""
+    def add(self, proposed: int, emitted: int, draft_seconds: float = 0.0, depth: int | None = None) -> None:
+        """A step verified `proposed` nodes on `depth` levels (None: a chain's), and emitted the accepted ones' tokens
+        and one more.
+        """
         self.steps += 1
         self.proposed += proposed
         self.accepted += emitted - 1
         self.emitted += emitted
         self.draft_seconds += draft_seconds
         self.lengths[emitted] += 1
+        self.depths[proposed if depth is None else depth] += 1
 
     def merge(self, other: Speculated) -> None:
         """Count another request's steps, too."""
@@ -39,11 +43,15 @@ class Speculated:
         self.emitted += other.emitted
         self.draft_seconds += other.draft_seconds
         self.lengths += other.lengths
+        self.depths += other.depths
 
     def values(self) -> dict[str, Any]:
-        """Plain JSON values; `lengths` by the length as text."""
-        lengths = {str(length): count for length, count in sorted(self.lengths.items())}
-        return {**vars(self), "lengths": lengths, "mean_accept_length": self.mean_accept_length}
+        """Plain JSON values; `lengths` and `depths` by the number as text."""
+        counted = {
+            name: {str(number): count for number, count in sorted(counts.items())}
+            for name, counts in (("lengths", self.lengths), ("depths", self.depths))
+        }
+        return {**vars(self), **counted, "mean_accept_length": self.mean_accept_length}
 
     @property
     def mean_accept_length(self) -> float:

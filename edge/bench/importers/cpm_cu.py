@@ -9,7 +9,7 @@ import re
 from statistics import median
 
 from edge.bench.importers.rows import Imported, ResultFile, count, positive
-from edge.bench.report import PeerRow
+from edge.bench.options import PeerRow
 
 _LINE = re.compile(
     r"(?P<what>prefill|decode|mean accept)\s(?P<kind>length|speed|tokens/s)\s*:\s*(?P<value>\S+)", re.IGNORECASE

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge.bench.importers.rows import Imported, ResultFile, count, merge, positive
-from edge.bench.report import PeerRow
+from edge.bench.options import PeerRow
 
 NAME = "TensorRT Edge-LLM"
 _NOTE = "GPU time only"

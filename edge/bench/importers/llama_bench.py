@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edge.bench.importers.rows import Imported, ResultFile, count, merge, positive
-from edge.bench.report import PeerRow
+from edge.bench.options import PeerRow
 
 # What a test is, and what it measured: all else that differs within a file belongs to the engine's name.
 _OF_A_TEST = {"n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts"}

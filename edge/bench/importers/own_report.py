@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from edge.bench.importers.rows import Imported, ResultFile, merge
-from edge.bench.report import PeerRow, execution, from_dict
+from edge.bench.options import PeerRow
+from edge.bench.report import execution, from_dict
 from edge.bench.tables import machine_line, model_line
 
 
@@ -26,7 +27,7 @@ def read(file: ResultFile) -> Imported:
                 result.case.prompt_tokens,
                 prefill.median if prefill else None,
                 decode.median if decode else None,
-                batch=getattr(result.case, "batch", 1),
+                batch=result.case.batch,
                 machine=machine,
                 source="edge bench",
             )

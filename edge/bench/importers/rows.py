@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edge.bench.report import PeerRow
+from edge.bench.options import PeerRow
 
 
 @dataclass(frozen=True)
