@@ -564,3 +564,23 @@ def test_a_bundles_report_holds_its_peers(
     assert {peer["name"] for peer in peers} == {"llama.cpp qwen2 7B Q4_K - Medium", "mine"}
     assert peers[0]["source"].endswith("llama.csv")
     assert edge(str(tiny_bundle), "--peer", "/nowhere") == 1
+
+
+def test_an_option_that_differs_is_named(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reports as they are written; prompts are the same, so nothing warns of them."""
+    files = [str(tmp_path / f"chunk{chunk}.json") for chunk in (8, 16)]
+    for file, chunk in zip(files, ("8", "16"), strict=True):
+        words = ["--contexts", "16,24", "--new-tokens", "4", "--repeat", "2", "--no-gate", "--chunk", chunk]
+        assert edge(str(tiny_bundle), *words, "--output", file) == 0
+    capsys.readouterr()
+    assert edge("compare", *files, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert {"name": "engine: chunk", "values": ["8 tokens", "16 tokens"]} in values["differences"]
+    assert not [said for said in values["warnings"] if "prompts" in said]
+    assert len(values["rows"]) == 4 and all(row["p"] is not None for row in values["rows"])
+    changed = json.loads(Path(files[1]).read_text())
+    changed["cases"][0]["prompts_sha256"] = "0" * 64
+    Path(files[1]).write_text(json.dumps(changed))
+    assert edge("compare", *files, "--json") == 0
+    warning = "chunk16 read other prompts than chunk8 at 16+4: not comparable."
+    assert warning in json.loads(capsys.readouterr().out)["warnings"]
