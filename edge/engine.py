@@ -239,14 +239,17 @@ class Engine:
         return compare(self.plan.lines, measured)
 
     def describe(self) -> dict[str, str]:
-        """Facts for reports: model, weights, executor, threads, KV type, attention, bundle key."""
-        manifest = self.bundle.manifest
+        """Facts for reports: model, weights, executor, threads, KV type, attention, limits of a run, bundle key."""
+        manifest, run = self.bundle.manifest, self.plan.run
         return {
             "model": manifest.name,
             "weights": manifest.weights["description"],
             "target": manifest.target,
             **self.executor.describe(),
             "attention": self._attention(),
+            "context": f"{run.context} tokens",
+            "chunk": f"{run.chunk} tokens",
+            "sequences": str(run.sequences),
             **({} if self.speculation is None else {"speculation": self.speculation.describe()}),
             "bundle": manifest.key[:12],
         }

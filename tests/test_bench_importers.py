@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.bench.importers import Imported, read_peers
@@ -122,14 +122,15 @@ def test_a_name_stands_for_the_engine(tmp_path: Path) -> None:
     assert names == {f"mine ({LLAMA}, n_threads=1)", f"mine ({LLAMA}, n_threads=8)"}
 
 
+@settings(max_examples=40, deadline=None)
 @given(reports())
 def test_our_own_report_is_a_peer_with_its_medians(tmp_path_factory: pytest.TempPathFactory, report: Any) -> None:
     path = tmp_path_factory.mktemp("own") / "report.json"
     path.write_text(to_json(report), encoding="utf-8")
-    rows = {row.prompt_tokens: row for row in read_peers(path).rows}
-    assert set(rows) == {result.case.prompt_tokens for result in report.cases}
+    rows = {(row.prompt_tokens, row.batch): row for row in read_peers(path).rows}
+    assert set(rows) == {(result.case.prompt_tokens, result.case.batch) for result in report.cases}
     for result in report.cases:
-        row = rows[result.case.prompt_tokens]
+        row = rows[result.case.prompt_tokens, result.case.batch]
         for speed, summary in ((row.prefill_tok_s, result.prefill_tok_s), (row.decode_tok_s, result.decode_tok_s)):
             assert speed == (summary and summary.median)
 
@@ -174,6 +175,7 @@ def test_a_damaged_file_is_one_sentence(case: str, tmp_path: Path) -> None:
     assert words in str(error.value) and "result" in str(error.value) and "\n" not in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
 def test_noise_is_refused_in_words(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
     path = tmp_path_factory.mktemp("noise") / "result"
@@ -186,6 +188,7 @@ LINES = [*samples.LLAMA_CSV.splitlines(), *samples.LLAMA_MD.splitlines(), *sampl
 LINES += [*samples.EDGE_LOG.splitlines(), *samples.EDGE_DECODE_CSV.splitlines()]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(LINES), max_size=12))
 def test_mixed_lines_give_rows_or_words(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     path = tmp_path_factory.mktemp("lines") / "result"

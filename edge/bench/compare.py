@@ -199,17 +199,12 @@ def _other_prompts(baseline: Side, side: Side) -> list[str]:
 
 
 def _hashes(side: Side, case: BenchCase) -> set[str]:
-    return {value for result in side.results(case) if (value := getattr(result, "prompts_sha256", ""))}
+    return {value for result in side.results(case) if (value := result.prompts_sha256)}
 
 
 def case_label(case: BenchCase) -> str:
     """2,048+32: prompt and new tokens; 2,048+32 x4: of four sequences at once."""
-    return f"{case.prompt_tokens:,}+{case.new_tokens:,}" + (f" x{batch_of(case)}" if batch_of(case) > 1 else "")
-
-
-def batch_of(case: BenchCase) -> int:
-    """Sequences at once; 1 in reports without batches."""
-    return getattr(case, "batch", 1)
+    return f"{case.prompt_tokens:,}+{case.new_tokens:,}" + (f" x{case.batch}" if case.batch > 1 else "")
 
 
 def load_sides(words: Sequence[str]) -> list[Side]:

@@ -11,7 +11,7 @@ from statistics import median
 from markupsafe import Markup
 
 from edge.bench import svg
-from edge.bench.compare import PHASES, Comparison, Row, Side, batch_of, case_label, samples, warnings
+from edge.bench.compare import PHASES, Comparison, Row, Side, case_label, samples, warnings
 from edge.bench.compare_facts import gates
 from edge.bench.compare_text import (
     READING,
@@ -184,7 +184,7 @@ def _side_series(side: Side, phase: str) -> list[svg.Series]:
             spread = (min(speeds), max(speeds)) if len(speeds) > 1 else None
             middle = median(speeds)
             point = svg.Point(float(case.prompt_tokens), middle, format_number(middle), spread)
-            lines.setdefault(batch_of(case), []).append(point)
+            lines.setdefault(case.batch, []).append(point)
     several = len(lines) > 1
     return [
         svg.Series(f"{side.name}, batch {batch}" if several else side.name, tuple(sorted(points, key=lambda p: p.x)))

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edge.bench.compare import PHASES, Comparison, Row, Side, batch_of, case_label, samples, warnings
+from edge.bench.compare import PHASES, Comparison, Row, Side, case_label, samples, warnings
 from edge.bench.compare_facts import Figure, differences, figures, gates, ledger_figures
 from edge.bench.options import PeerRow
 from edge.bench.tables import NONE, format_number, format_ratio, machine_line, model_line
@@ -23,7 +23,8 @@ from edge.bench.tables import NONE, format_number, format_ratio, machine_line, m
 SCHEMA_VERSION = 1
 READING = (
     "Ratio: of geometric means; above 1, the candidate is faster. The interval is its row's own 95 %; the verdict is "
-    "significant at 5 % with all rows of the comparison together (Welch's t test on logarithms, Holm's correction)."
+    "significant at 5 % with all rows of the comparison together (Welch's t test on logarithms, Holm's correction). "
+    "With one run a side, what differs from run to run is in no interval."
 )
 _HEADING_WIDTH, _HEADING_LINES = 12, 3
 
@@ -83,13 +84,13 @@ def _figure_rows(comparison: Comparison) -> Iterable[tuple[str, ...]]:
 
 def _speed_section(comparison: Comparison, side: Side) -> Section:
     rows = [row for row in comparison.rows if row.candidate == side.name]
-    batched = any(batch_of(row.case) > 1 for row in rows)
+    batched = any(row.case.batch > 1 for row in rows)
     headings = ["Prompt", "New", *(["Batch"] if batched else []), "Phase"]
     headings += [f"{comparison.baseline.name} tok/s", f"{side.name} tok/s", "Ratio", "95 % interval", "Verdict"]
     cells = []
     for row in rows:
         case = [f"{row.case.prompt_tokens:,}", f"{row.case.new_tokens:,}"]
-        case += [str(batch_of(row.case))] if batched else []
+        case += [str(row.case.batch)] if batched else []
         speeds = [format_number(row.baseline_tok_s), format_number(row.candidate_tok_s)]
         cells.append((*case, row.phase, *speeds, format_factor(row.ratio), format_interval(row), row.verdict))
     return Section(f"{side.name} against {comparison.baseline.name}", tuple(headings), tuple(cells), 0, READING)
@@ -122,7 +123,7 @@ def _peer_section(comparison: Comparison, phase: str) -> Section:
 def _side_speed(side: Side, peer: PeerRow, phase: str) -> float | None:
     place = (peer.prompt_tokens, peer.batch)
     for case in side.cases():
-        if (case.prompt_tokens, batch_of(case)) == place and (speeds := samples(side, case, phase)):
+        if (case.prompt_tokens, case.batch) == place and (speeds := samples(side, case, phase)):
             return median(speeds)
     return None
 

@@ -27,7 +27,7 @@ def read(file: ResultFile) -> Imported:
                 result.case.prompt_tokens,
                 prefill.median if prefill else None,
                 decode.median if decode else None,
-                batch=getattr(result.case, "batch", 1),
+                batch=result.case.batch,
                 machine=machine,
                 source="edge bench",
             )
