@@ -70,7 +70,7 @@ def installed(board: LoopbackBoard, bundle: Path, push: Push) -> str:
     return board.active
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -82,6 +82,12 @@ def sent(done: subprocess.CompletedProcess[str]) -> float:
     match = re.search(r"transfer: ([\d.]+) (KiB|MiB) sent", done.stdout)
     assert match, done.stdout + done.stderr
     return float(match[1]) / (1024 if match[2] == "KiB" else 1)
+
+
+def wheel_of(board: LoopbackBoard) -> Path:
+    """The wheel that is installed there."""
+    (wheel,) = board.folder.glob("wheels/*/*.whl")
+    return wheel
 
 
 # ---- a release ---------------------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ def test_from_a_bundle_to_a_release_that_was_proved(
     assert (board.folder / "logs" / "doctor.log").stat().st_mtime_ns == logged and board.active == installed
 
 
-def test_another_release_shares_files_and_the_third_drops_the_first(
+def test_another_release_shares_files_and_one_can_go_back(
     board: LoopbackBoard, bundle: Path, push: Push, installed: str
 ) -> None:
     second = push(bundle, "--context", 512)
@@ -122,15 +128,10 @@ def test_another_release_shares_files_and_the_third_drops_the_first(
     weights = [board.folder / "releases" / id / "bundle" / "model.weights" for id in (installed, str(board.active))]
     assert weights[0].samefile(weights[1])
 
-    middle = board.active
     back = board.deploy("push", "--rollback", "board")
     assert back.returncode == 0 and f"active again: release {installed}" in back.stdout and board.active == installed
     none = board.deploy("push", "--rollback", "board")
     assert none.returncode == 1 and "no earlier release" in none.stderr and board.active == installed
-
-    third = push(bundle, "--context", 640)
-    assert third.returncode == 0 and str(middle) in third.stdout  # it was not good, and goes
-    assert {path.name for path in (board.folder / "releases").iterdir()} == {installed, board.active}
 
 
 def test_wrong_tokens_leave_the_active_release_as_it_is(
@@ -150,19 +151,16 @@ def test_wrong_tokens_leave_the_active_release_as_it_is(
 def test_a_build_that_fails_leaves_the_active_release_as_it_is(
     board: LoopbackBoard, push: Push, installed: str, tmp_path: Path
 ) -> None:
-    active = board.active
+    active, house = board.active, tmp_path / "wheelhouse"
     write_hf_checkpoint(tmp_path / "checkpoint", tiny_config(), tokenizer=True)
     options = ExportOptions("tensorrt", WeightFormat("w4a16", 32, symmetric=True, head="exact", linear="native"))
     made = export_bundle(open_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", options)
-    house = tmp_path / "wheelhouse"
     house.mkdir()
     shutil.copy(wheel_of(board), house)
-    refused = push(made, "--wheelhouse", house)
-    assert refused.returncode == 1 and "error: doctor: edge doctor found" in refused.stderr, refused.stderr
-    assert [path.name for path in (board.folder / "wheelhouse").iterdir()] == [wheel_of(board).name]
-    failed = push(made, "--force")
+    failed = push(made, "--force", "--wheelhouse", house)
     assert failed.returncode == 1 and re.search(r"error: engine: .*TensorRT", failed.stderr), failed.stderr
     assert "problem: bundle:" in failed.stdout and board.active == active
+    assert [path.name for path in (board.folder / "wheelhouse").iterdir()] == [wheel_of(board).name]
 
 
 # ---- what interrupts a transfer ----------------------------------------------------------------------------------
@@ -215,6 +213,8 @@ def test_cut_interrupted_and_locked_transfers_go_on_where_they_stopped(
 
     done = push(large)
     assert done.returncode == 0, done.stdout + done.stderr
+    # Two are kept; the one that was gone back from is not among them.
+    assert {path.name for path in (board.folder / "releases").iterdir()} == {installed, board.active}
     assert sent(done) < total - kept + 1 and hash_file(board.folder / "current/bundle/model.weights") == hash_file(
         large / "model.weights"
     )
@@ -236,12 +236,6 @@ def test_a_file_that_came_wrong_is_sent_again(board: LoopbackBoard, bundle: Path
     done = push(bundle, "--context", 700)
     assert done.returncode == 0 and sent(done) > 0.1, done.stdout + done.stderr
     assert hash_file(board.folder / "current/bundle/model.weights") == hash_file(bundle / "model.weights")
-
-
-def wheel_of(board: LoopbackBoard) -> Path:
-    """The wheel that is installed there."""
-    (wheel,) = board.folder.glob("wheels/*/*.whl")
-    return wheel
 
 
 def test_a_lock_that_was_left_behind_is_taken_over(
@@ -331,7 +325,7 @@ def test_a_server_that_does_not_become_ready_is_rolled_back(
     interrupted = board.start(
         "push", "board", bundle, "--wheel", wheel_of(board), "--serve", f"--port {port} --drain 0"
     )
-    wait_for(lambda: board.said().count(RESTART) > restarts)
+    wait_for(lambda: board.said().count(RESTART) > restarts, 300)
     interrupted.send_signal(signal.SIGINT)
     interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130

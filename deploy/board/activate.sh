@@ -22,11 +22,13 @@ PYTHON
 }
 
 undo() {
+  trap '' TERM HUP INT
   if [ -n "$old" ]; then point "$old" "$dir/current"; else rm -f "$dir/current"; fi
   if [ -n "$old" ]; then serve >/dev/null 2>&1; elif [ -n "$scope" ]; then $as systemctl $by stop "$unit"; fi
 }
 
-if [ -d "$dir/staging/$id" ]; then
+if [ "$old" = "releases/$id" ]; then rm -rf "$dir/staging/$id"  # it stays, and gets its unit
+elif [ -d "$dir/staging/$id" ]; then
   rm -rf "$dir/releases/$id"
   mv "$dir/staging/$id" "$dir/releases/$id" || fail "$dir/releases/$id cannot be made; see there: df -h $dir"
 fi
