@@ -206,8 +206,8 @@ Hello
 END
   ;;
 bench) shift
-  case " $* " in *" --static "*) exec {python} -m edge bench "$@" ;; esac
-  exec {python} -m edge bench "$@" --contexts 16,32 --new-tokens 4 --repeat 1 ;;
+  case " $* " in *" --static "* | *" --workload list "* | " compare "*) exec {python} -m edge bench "$@" ;; esac
+  exec {python} -m edge bench "$@" --contexts 16,32 --new-tokens 4 --repeat 1 --no-gate ;;
 run|mapreduce) exec {python} -m edge "$@" --max-tokens 16 ;;
 quantize) shift; exec {python} -m edge quantize "$@" --samples 2 --length 64 ;;
 eval) shift; exec {python} -m edge eval "$@" --samples 1 --lengths 900 ;;

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
+from edge.bench.report import to_json
 from edge.cli.app import run_command
 from edge.config import SparseConfig
+from tests.bench_samples import sample_report
 from tests.docs_blocks import PARSED, REASONS, ROOT, RUN, SHOWN, Block, Reader, blocks, is_printed, pages, transcript
 from tests.draft_samples import draft_config, draft_weights, write_draft
 from tests.synthetic import tiny_config, write_hf_checkpoint
@@ -34,9 +36,12 @@ GIVEN = {
     "docs/applications.md": ("bundle",),
     "docs/benchmarks.md": ("clone",),
     "docs/evaluation.md": ("bundle",),
+    "docs/compare.md": ("bundle",),
     "docs/memory.md": ("bundle",),
+    "docs/power.md": ("bundle",),
     "docs/quantization.md": ("MiniCPM4-0.5B",),
     "docs/quickstart.md": ("MiniCPM4-0.5B",),
+    "docs/report.md": ("bundle",),
     "docs/serving.md": ("bundle",),
     "docs/speculation.md": ("bundle", "MiniCPM4-8B", "MiniCPM4-8B-Eagle-FRSpec"),
     "docs/tensorrt.md": ("MiniCPM4-0.5B",),
@@ -70,6 +75,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in TEXT_FILES:
         (files / name).write_text(TEXT)
     np.save(files / "ids.npy", np.arange(5, 40))
+    for name in ("before.json", "after.json"):
+        (files / name).write_text(to_json(sample_report()))
     server = sample_server()
     servers = {"sums": {"command": server.command, "args": list(server.args), "env": dict(server.env or {})}}
     (files / "servers.json").write_text(json.dumps({"mcpServers": servers}))

@@ -143,7 +143,7 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     tops = "edge|plugins|build_engine|tests|bench|deploy"
     for name in re.findall(rf"`((?:{tops})/[^\s`:|]+)[^`]*`", page.read_text()):
         for path in _alternatives(re.sub(r"<\w+>|\b[A-Z]+\b", "*", name)):
-            assert glob.glob(str(ROOT / path), recursive=True) or path.startswith("deploy/"), f"{page.name}: {name}"
+            assert glob.glob(str(ROOT / path), recursive=True), f"{page.name}: {name}"
 
 
 def _alternatives(name: str) -> Iterator[str]:
