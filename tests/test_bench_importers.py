@@ -71,6 +71,9 @@ def test_a_depth_is_a_context_of_decoding_and_of_no_prefill(tmp_path: Path) -> N
     found = read(tmp_path, samples.LLAMA_DEPTH_MD)
     assert figures(found) == [(QWEN, 1, None, 120.60, 1), (QWEN, 512, 7340.20, 116.71, 1)]
     assert found.notes == ("result: left out pp512 @ d512: the speed of a prompt's last 512 of 1024 tokens only",)
+    first, *tests = samples.LLAMA_DEPTH_MD.splitlines()[1:]
+    backwards = [first, tests[0], *tests[:0:-1]]
+    assert figures(read(tmp_path, "\n".join(backwards))) == figures(found), "in any order"
 
 
 def test_settings_that_differ_within_a_file_name_its_engines(tmp_path: Path) -> None:
