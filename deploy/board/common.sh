@@ -24,11 +24,15 @@ guarded() {
   setsid "$@" </dev/null &
   group=$!
   echo "$group" >"$dir/running"
-  on_disconnect kill -s TERM -- "-$group"
+  on_disconnect end_group "$group"
   wait "$group"; status=$?
   kill "$watcher" 2>/dev/null
   rm -f "$dir/running"
   return "$status"
+}
+
+end_group() { # PID, which has no group of its own in its first moment
+  kill -s TERM -- "-$1" || kill -s TERM "$1"
 }
 
 # A link that is never absent: made beside its place, then renamed to it.
