@@ -22,7 +22,7 @@ test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS)
 	$(MAKE) test-aarch64
 
-# The wheel for boards, its kernels run by QEMU: an ARM Python in .venv/aarch64 (a minute to make), then tests (slow).
+# The wheel for boards, its kernels run by QEMU: an ARM Python in .venv/aarch64 (a minute to make), then 13 minutes of tests.
 # Needs Debian's qemu-user and g++-aarch64-linux-gnu.
 test-aarch64: $(VENV)/.dev
 	$(BIN)/python -m tests.aarch64 --root $(VENV)/aarch64

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,8 +28,10 @@ COMPILERS = {
     "aarch64": ("g++-aarch64-linux-gnu", "aarch64-linux-gnu-g++"),
 }
 CPUS = ("none", *COMPILERS)
-# Ubuntu 22.04's C library, which JetPack 6 has; pip refuses the wheel on older systems. tests/test_wheels.py checks it.
+# Ubuntu 22.04's C library, which JetPack 6 has; pip refuses the wheel on older systems.
 GLIBC = "2_35"
+# Symbol versions of its libraries, and of GCC 12's: a newer compiler may ask for more than the wheel's tag says.
+NEWEST = {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13), "GCC": (12, 0, 0)}
 # The first day that a zip file can have: a wheel's bytes depend on its contents only.
 FIRST_DAY = "315532800"
 
@@ -73,7 +77,22 @@ def build_wheel(cpu: str, out: Path, cubins: Mapping[str, bytes]) -> Path:
             command += ["--config-settings", f"--build-option=--plat-name=manylinux_{GLIBC}_{cpu}"]
         subprocess.run([*command, "--wheel-dir", str(made), str(sources)], env=environment, umask=0o022, check=True)
         (wheel,) = made.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for library in (name for name in archive.namelist() if name.endswith(".so")):
+                check_symbols(Path(archive.extract(library, made)))
         return Path(shutil.copy(wheel, out / wheel.name))
+
+
+def check_symbols(library: Path) -> None:
+    """SystemExit with a sentence if a library asks for symbols that Ubuntu 22.04 does not have."""
+    command = ["readelf", "--version-info", "--wide", str(library)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for kind, version in sorted(set(re.findall(r"Name: ([A-Z]+)_([\d.]+) ", told))):
+        if tuple(map(int, version.split("."))) > NEWEST[kind]:
+            raise SystemExit(
+                f"{library.name} asks for {kind} {version}, which Ubuntu 22.04 and JetPack 6 do not have; "
+                "build it with the compiler of Debian 12 or Ubuntu 22.04"
+            )
 
 
 def missing_package(cpu: str) -> str | None:

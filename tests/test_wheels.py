@@ -16,7 +16,7 @@ import pytest
 
 from deploy import wheels
 from plugins.build.registry import kernels_for
-from tests.operators import library_path
+from tests.operators import KERNELS, library_path
 from tests.synthetic import tiny_config, write_hf_checkpoint
 
 # JetPack 6.2 is Ubuntu 22.04: glibc 2.35, libstdc++ of GCC 12.
@@ -152,6 +152,14 @@ def test_the_library_loads_on_ubuntu_22_04() -> None:
 
     for name in INSTRUCTION_SETS[HERE]:
         check_library(library_path(name))
+        wheels.check_symbols(library_path(name))
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf, of Debian's binutils")
+def test_a_library_that_asks_for_more_is_no_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(wheels.NEWEST, "GLIBCXX", (3, 4, 20))
+    with pytest.raises(SystemExit, match=r"asks for GLIBCXX 3\.4\.\d+, which Ubuntu 22\.04 and JetPack 6 do not have"):
+        wheels.check_symbols(library_path(KERNELS[0]))
 
 
 # ---- from an environment of its own ----------------------------------------------------------------------------
