@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import special, stats
 
-from edge.bench.compare import (
+from edge.bench.compare.comparison import (
     FASTER,
     NO_CLAIM,
     NOT_SHOWN,
@@ -32,10 +32,10 @@ from edge.bench.compare import (
     slower_rows,
     warnings,
 )
-from edge.bench.compare_facts import differences, figures, format_change, ledger_figures
-from edge.bench.compare_page import interval_plot, render_html
-from edge.bench.compare_statistics import holm, incomplete_beta, t_quantile, t_two_sided, welch_ratio
-from edge.bench.compare_text import markdown, terminal, to_dict, to_json
+from edge.bench.compare.facts import differences, figures, format_change, ledger_figures
+from edge.bench.compare.page import interval_plot, render_html
+from edge.bench.compare.statistics import holm, incomplete_beta, t_quantile, t_two_sided, welch_ratio
+from edge.bench.compare.text import markdown, terminal, to_dict, to_json
 from edge.bench.options import PeerRow
 from edge.bench.report import Report
 from edge.bench.report import to_json as report_json

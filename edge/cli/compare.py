@@ -61,10 +61,10 @@ def compare(
 
       edge bench compare a1.json,a2.json,a3.json b1.json,b2.json,b3.json
     """
-    from edge.bench.compare import compare_sides, load_sides, slower_rows
-    from edge.bench.compare_page import render_html
-    from edge.bench.compare_text import failure, terminal, to_json
-    from edge.bench.compare_text import markdown as as_markdown
+    from edge.bench.compare.comparison import compare_sides, load_sides, slower_rows
+    from edge.bench.compare.page import render_html
+    from edge.bench.compare.text import failure, terminal, to_json
+    from edge.bench.compare.text import markdown as as_markdown
 
     wanted = wanted_forms((html, render_html), (markdown, as_markdown), (output, to_json))
     comparison = compare_sides(load_sides(reports), load_peers(peer))
@@ -77,7 +77,7 @@ def compare(
 
 def load_peers(words: list[str] | None) -> list[PeerRow]:
     """The rows of all --peer files; what none of them can hold is noted."""
-    from edge.bench.compare import split_name
+    from edge.bench.compare.comparison import split_name
     from edge.bench.importers import read_peers
 
     rows: list[PeerRow] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge.bench.compare import Comparison, Side, gate_checks
+from edge.bench.compare.comparison import Comparison, Side, gate_checks
 from edge.bench.samples import BenchCase
 from edge.bench.tables import NONE, format_bytes, format_number
 

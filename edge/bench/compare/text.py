@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edge.bench.compare import PHASES, Comparison, Row, Side, case_label, samples, warnings
-from edge.bench.compare_facts import Figure, differences, figures, gates, ledger_figures
+from edge.bench.compare.comparison import PHASES, Comparison, Row, Side, case_label, samples, warnings
+from edge.bench.compare.facts import Figure, differences, figures, gates, ledger_figures
 from edge.bench.options import PeerRow
 from edge.bench.tables import NONE, format_number, format_ratio, machine_line, model_line
 

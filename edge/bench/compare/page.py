@@ -11,9 +11,9 @@ from statistics import median
 from markupsafe import Markup
 
 from edge.bench import svg
-from edge.bench.compare import PHASES, Comparison, Row, Side, case_label, samples, warnings
-from edge.bench.compare_facts import gates
-from edge.bench.compare_text import (
+from edge.bench.compare.comparison import PHASES, Comparison, Row, Side, case_label, samples, warnings
+from edge.bench.compare.facts import gates
+from edge.bench.compare.text import (
     READING,
     SCHEMA_VERSION,
     format_factor,

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from edge.bench.compare_statistics import LEVEL, holm, welch_ratio
+from edge.bench.compare.statistics import LEVEL, holm, welch_ratio
 from edge.bench.options import PeerRow
 from edge.bench.report import Report, load_report, notes, to_dict
 from edge.bench.samples import BenchCase, CaseResult, Summary

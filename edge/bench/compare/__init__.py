@@ -1,0 +1,1 @@
+"""Reports beside each other: what differs, by how much, and whether that is more than chance."""
