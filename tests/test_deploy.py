@@ -24,6 +24,7 @@ from build_engine.export import ExportOptions, export_bundle
 from build_engine.formats import WeightFormat
 from edge.bundle import hash_file
 from edge.cli.app import run_command
+from tests.docs_blocks import ROOT, blocks
 from tests.loopback_board import MISSING, LoopbackBoard, build_wheel, loopback_board
 from tests.synthetic import tiny_config, write_hf_checkpoint
 
@@ -406,6 +407,30 @@ def test_clocks_come_back_after_a_failure_and_after_a_kill(
     assert clocks(board) == ("locked", "0")
     done = board.deploy("bench", "board", "--reports", tmp_path, *SHORT)
     assert "an earlier run's clocks were set back first" in done.stdout and clocks(board) == ("free", "2")
+
+
+# ---- as the guide says it ----------------------------------------------------------------------------------------
+
+
+def test_the_quick_starts_lines_for_a_board_work_as_typed(
+    board: LoopbackBoard, bundle: Path, wheel: Path, installed: str, tmp_path: Path
+) -> None:
+    """But for the bundle, which is one for the CPU, and the key, which the board has already."""
+    (lines,) = (b.text for b in blocks(ROOT / "docs" / "quickstart.md") if "deploy/push" in b.text)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    shutil.copytree(bundle, tmp_path / "bundle-jetson")
+    (tmp_path / "dist").mkdir()
+    shutil.copy(wheel, tmp_path / "dist")
+    for name, text in {"ssh": f'exec {shutil.which("ssh")} -F {board.config} "$@"', "ssh-copy-id": "exit 0"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    short = {"USER@HOST": "board", "deploy/bench board": f"deploy/bench board {' '.join(SHORT)}"}
+    for old, new in short.items():
+        lines = lines.replace(old, new)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "active: " in done.stdout and list((tmp_path / "reports").glob("board-*.html"))
 
 
 # ---- many boards, and none ---------------------------------------------------------------------------------------
