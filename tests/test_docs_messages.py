@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
 _ANY = "\0"  # what a source fills in
+_FAILURE = re.compile(r'\bfail "(.*?)"(?:$|\s)', re.MULTILINE)  # of a board's script
 
 
 def quoted() -> list[str]:
@@ -23,7 +24,9 @@ def quoted() -> list[str]:
 def said() -> tuple[str, ...]:
     """Every text of the sources, what is filled in as \\0."""
     texts = []
-    for package in ("build_engine", "edge", "plugins"):
+    for script in sorted((ROOT / "deploy" / "board").glob("*.sh")):
+        texts += [re.sub(r"\$\(.*?\)|\$\{.*?\}|\$\w+", _ANY, text) for text in _FAILURE.findall(script.read_text())]
+    for package in ("build_engine", "edge", "plugins", "deploy"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
