@@ -85,8 +85,8 @@ class Browser:
         assert "exceptionDetails" not in result, (script, result["exceptionDetails"])
         return result["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 30) -> Any:
-        """The first value of an expression that counts as true."""
+    def wait_for(self, script: str, seconds: float = 120) -> Any:
+        """The first value of an expression that counts as true; the limit is one for two busy cores."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
             assert time.monotonic() < end, f"{script} stays {value!r}; the page says: {self.text('body')[:2000]}"
