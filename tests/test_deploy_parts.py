@@ -73,7 +73,14 @@ def test_facts_of_a_board(remote: SimpleNamespace) -> None:
     assert board.disk == 10 << 30 and board.has == {"aa", "bb"} and board.staged == {"fedcba987654": 1 << 20}
     assert board.unit == "system" and not board.is_root and board.current == "0123456789ab"
     assert "L4T 36.4.3, Python 3.10" in board.describe()
-    remote.board.check_board(board)
+    remote.board.check_board(board, "jetson")
+
+
+def test_a_jetpack_that_is_too_old_is_told_before_anything_is_sent(remote: SimpleNamespace) -> None:
+    board = remote.board.read_board(ORIN.replace("REVISION: 4.3", "REVISION: 3.0"))
+    with pytest.raises(remote.errors.DeployError, match=r"Jetson Linux 36\.3\.0, whose TensorRT .* JetPack 6\.2"):
+        remote.board.check_board(board, "jetson")
+    remote.board.check_board(board, "onnxruntime")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_facts_of_a_board(remote: SimpleNamespace) -> None:
 def test_a_board_without_python(line: str, words: str, remote: SimpleNamespace) -> None:
     board = remote.board.read_board(ORIN.replace("python /usr/bin/python3 3.10", line))
     with pytest.raises(remote.errors.DeployError, match=words):
-        remote.board.check_board(board)
+        remote.board.check_board(board, "onnxruntime")
 
 
 def test_room_is_counted_before_anything_is_sent(remote: SimpleNamespace) -> None:

@@ -11,6 +11,7 @@ from .terminal import size
 VENV_BYTES = 400 << 20  # numpy, onnx, onnxruntime and the server's packages
 _MARGIN = 16 << 20
 PYTHONS = "3.10 to 3.13"
+OLDEST_L4T = (36, 4)  # of JetPack 6.1, as in edge/doctor/jetson.py
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,12 @@ def read_board(lines: str) -> Board:
     )
 
 
-def check_board(board: Board) -> None:
-    """DeployError if the board lacks what any release needs."""
+def check_board(board: Board, target: str) -> None:
+    """DeployError if the board lacks what a release for that target needs; edge doctor looks closer, on the board."""
+    if target == "jetson" and board.l4t and tuple(map(int, board.l4t.split(".")[:2])) < OLDEST_L4T:
+        raise DeployError(
+            f"the board has Jetson Linux {board.l4t}, whose TensorRT is older than 10.3; update it to JetPack 6.2"
+        )
     if not board.has_rsync:
         raise DeployError("the board has no rsync; run there: sudo apt install rsync")
     if board.python is not None:

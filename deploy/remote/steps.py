@@ -79,7 +79,7 @@ class Push:
     def _check(self) -> str:
         wanted = self._wanted
         self._board = board = read_board(self._connection.ask("check", self._folder))
-        check_board(board)
+        check_board(board, wanted.bundle.target)
         wheel = find_wheel(wanted.wheel, board.architecture, board.python_version)
         self._content = content = Content(wanted.bundle, wheel, wanted.settings, wanted.wheelhouse)
         house = sum(path.stat().st_size for path in wanted.wheelhouse.glob("*")) if wanted.wheelhouse else 0
