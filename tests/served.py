@@ -14,7 +14,7 @@ import uvicorn
 from edge.cli.generate import load_tokenizer
 from edge.engine import open_engine
 from edge.plan import EngineOptions
-from edge.server.app import make_app
+from edge.server.run import server_config
 from edge.server.service import ServerSettings, Service
 from edge.serving.batcher import BatchLimits
 
@@ -53,8 +53,7 @@ def serving(
     if send_buffer is not None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(make_app(service), log_config=None, access_log=False)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

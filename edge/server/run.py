@@ -99,9 +99,9 @@ def engine_moves(service: Service, seconds: float) -> bool:
     return True
 
 
-def serve(service: Service, listening: socket.socket, host: str) -> None:
-    """Until SIGTERM or SIGINT."""
-    config = uvicorn.Config(
+def server_config(service: Service) -> uvicorn.Config:
+    """How uvicorn serves one service."""
+    return uvicorn.Config(
         make_app(service),
         http="h11",  # httptools, where it is installed, has no limit for headers
         log_config=None,
@@ -110,10 +110,14 @@ def serve(service: Service, listening: socket.socket, host: str) -> None:
         timeout_graceful_shutdown=int(service.settings.drain),
         timeout_keep_alive=30,
     )
+
+
+def serve(service: Service, listening: socket.socket, host: str) -> None:
+    """Until SIGTERM or SIGINT."""
     name = f"[{host}]" if ":" in host else host
     where = f"http://{name}:{listening.getsockname()[1]}/v1"
     facts = {"address": where, "model": service.model, "context": service.engine.max_context}
     run = service.engine.plan.run
     log.info("serving", extra={"facts": {**facts, "sequences": run.sequences, "kv_pages": run.pages}})
-    _Draining(config, service).run(sockets=[listening])
+    _Draining(server_config(service), service).run(sockets=[listening])
     log.info("stopped")
