@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import special, stats
 
+from edge.bench.checks import FAILED, PASSED, Check, Gate
 from edge.bench.compare.comparison import (
     FASTER,
     NO_CLAIM,
@@ -281,7 +282,7 @@ def test_other_prompts_and_missing_cases_are_warned_of() -> None:
 
 
 class Later(Side):
-    """A side whose report has the fields that power and the quality gate add."""
+    """A side whose report has figures of power."""
 
     @cached_property
     def values(self) -> list[dict[str, Any]]:
@@ -291,15 +292,18 @@ class Later(Side):
             case["summary"]["decode_w"] = {"median": watts, "low": 1.0, "high": 99.0, "interval": None}
             case["telemetry"] = {"prompt_tokens": 9, "hottest": {"tj": 61.5}, "runs": [1], "trace": {"end_s": 1.0}}
             case["telemetry"]["clocks"] = {"gpu": {"lowest": 1.0, "median": 1.3e9, "highest": 2.0}}
-        outcome = "failed" if self.name == "new" else "passed"
-        check = {"name": "same tokens twice", "outcome": outcome, "detail": "token 3 is 5, and 7 the second time"}
-        return [
-            values | {"gate": {"checks": [check]}, "telemetry": {"scope": "VDD_IN", "interval_s": 0.1, "locked": True}}
-        ]
+        return [values | {"telemetry": {"scope": "VDD_IN", "interval_s": 0.1, "locked": True}}]
+
+
+def gated(side: Side) -> Side:
+    """With power, and a quality gate that the new one failed."""
+    outcome = FAILED if side.name == "new" else PASSED
+    gate = Gate((Check("same tokens twice", outcome, "token 3 is 5, and 7 the second time"),))
+    return Later(side.name, tuple(replace(report, gate=gate) for report in side.reports))
 
 
 def test_power_and_the_quality_gate_are_compared_if_reports_have_them() -> None:
-    comparison = compare_sides([Later(side.name, side.reports) for side in pair().sides])
+    comparison = compare_sides([gated(side) for side in pair().sides])
     (_, found), _ = figures(comparison)
     cells = {figure.name: figure.cells() for figure in found}
     assert cells["decode w"] == ["30.0", "24.0 (-20.0 %)"]

@@ -1,8 +1,9 @@
-"""How figures are written: three significant digits, and a unit that suits their size."""
+"""How figures and texts are written: three significant digits, a unit that suits their size, short hashes."""
 
 from __future__ import annotations
 
 NONE = "-"
+SHORT_HASH = 12  # digits of a hash that are shown; the JSON report has them all
 
 
 def format_number(value: float | None) -> str:
@@ -38,3 +39,14 @@ def format_ratio(ratio: float | None) -> str:
 def format_share(share: float | None) -> str:
     """A fraction as a percentage: 73 %, 4.2 %, 0.31 %."""
     return NONE if share is None else f"{format_number(100 * share) if share < 0.0995 else f'{100 * share:,.0f}'} %"
+
+
+def plain_markdown(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text.replace("\n", " "))
+
+
+def short_hash(text: str) -> str:
+    """The first digits of a hash, and any other text as it is."""
+    is_hash = len(text) >= 32 and set(text) <= set("0123456789abcdef")
+    return text[:SHORT_HASH] if is_hash else text

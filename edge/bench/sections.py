@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from edge.bench.numbers import (
     NONE,
+    SHORT_HASH,
     format_bytes,
     format_number,
     format_ratio,
     format_seconds,
     format_share,
+    short_hash,
 )
 from edge.bench.report import Report
 from edge.bench.roofline import Roofline
 from edge.bench.samples import PERCENTILES, BenchCase, CaseResult, Summary
-
-SHORT_HASH = 12  # digits of a hash that are shown; the JSON report has them all
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,12 @@ def _identity(report: Report) -> Section | None:
     facts |= {f"  {name}": digest for name, digest in found.files.items()}
     facts |= {f"Engine {name}": value for name, value in found.engine.items() if value}
     facts |= {"CPU kernels": found.operators, "Plugins' sources": found.plugins, "All sources": found.sources}
-    rows = [(name, _short(value)) for name, value in facts.items() if value]
+    rows = [(name, short_hash(value)) for name, value in facts.items() if value]
     rows += [("Version", f"minicpm-edge {found.version}"), ("Power mode", found.power_mode)]
     if report.workload is not None:
         rows.append(("Workload", report.workload.name))
     if hashed := prompts_hash(report):
-        rows.append((f"Prompts of seed {report.seed}", _short(hashed)))
+        rows.append((f"Prompts of seed {report.seed}", short_hash(hashed)))
     return Section(
         "identity",
         "What exactly was measured",
@@ -210,8 +210,3 @@ def _identity(report: Report) -> Section | None:
         tuple(rows),
         words=2,
     )
-
-
-def _short(value: str) -> str:
-    is_hash = len(value) == 64 and set(value) <= set("0123456789abcdef")
-    return value[:SHORT_HASH] if is_hash else value

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge.bench.machine import Machine
-from edge.bench.numbers import NONE, format_bytes, format_number, format_ratio, format_seconds
+from edge.bench.numbers import NONE, format_bytes, format_number, format_ratio, format_seconds, plain_markdown
 from edge.bench.options import PeerRow
 from edge.bench.power import POWER_HEADINGS, clock_table, power_cells, power_lines
 from edge.bench.report import Report, compare_peers, execution, notes
@@ -152,25 +152,32 @@ def markdown(report: Report) -> str:
     case = [heading.replace("\n", " ").strip() for heading in case_headings(report)]
     headings = [*case, "TTFT", "Prefill tok/s", "Decode tok/s", *percentiles, "Peak memory"]
     lines = [
-        f"# Benchmark of {_plain(model_line(report))}",
+        f"# Benchmark of {plain_markdown(model_line(report))}",
         "",
-        f"Measured on this machine: {_plain(machine_line(report.machine))}. {_plain(execution(report))}.",
+        plain_markdown(f"Measured on this machine: {machine_line(report.machine)}. {execution(report)}."),
         f"{workload_line(report)}; medians (slowest to fastest).",
         "",
         *_markdown_table(headings, rows),
     ]
     if report.peers:
         lines += ["", *_markdown_table(PEER_HEADINGS, _peer_cells(report))]
-        lines += ["", _plain(sources)] if (sources := peer_sources(report)) else []
+        lines += ["", plain_markdown(sources)] if (sources := peer_sources(report)) else []
     for section in sections(report):
         names = [heading.replace("\n", " ").strip() for heading in section.headings]
-        lines += ["", f"## {section.heading}", "", *_markdown_table(names, section.rows), "", _plain(section.caption)]
+        lines += [
+            "",
+            f"## {section.heading}",
+            "",
+            *_markdown_table(names, section.rows),
+            "",
+            plain_markdown(section.caption),
+        ]
     if report.ledger:
         lines += ["", *_markdown_table(LEDGER_HEADINGS, ledger_cells(report))]
     for table in power_tables(report, " (", ")"):
         lines += ["", *_markdown_table(table.headings, table.rows), "", table.caption]
     for line in power_lines(report.telemetry):
-        lines += ["", _plain(line)]
+        lines += ["", plain_markdown(line)]
     lines += ["", *(f"- {note}" for note in notes(report))] if notes(report) else []
     return "\n".join(lines) + "\n"
 
@@ -240,13 +247,8 @@ def _peer_cells(report: Report) -> list[list[str]]:
 
 def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [headings, *rows]
-    cells = [f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines]
+    cells = [f"| {' | '.join(plain_markdown(cell) for cell in line)} |" for line in lines]
     return [cells[0], f"|{' ---: |' * len(headings)}", *cells[1:]]
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text.replace("\n", " "))
 
 
 def _counted(values: Sequence[int], noun: str) -> str:

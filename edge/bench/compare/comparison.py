@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from edge.bench.checks import FAILED, Check
 from edge.bench.compare.statistics import LEVEL, holm, welch_ratio
 from edge.bench.options import PeerRow
 from edge.bench.report import Report, load_report, notes, to_dict
@@ -157,10 +158,10 @@ def slower_rows(comparison: Comparison, percent: float) -> list[Row]:
 def warnings(comparison: Comparison) -> list[str]:
     """What stands in the way, worst first: failed gates, other prompts, missing cases, single samples, notes."""
     found = [
-        f"{side.name} failed its quality gate ({name}: {detail}): its speeds are of no use."
+        f"{side.name} failed its quality gate ({check.name}: {check.detail}): its speeds are of no use."
         for side in comparison.sides
-        for name, outcome, detail in gate_checks(side)
-        if outcome == "failed"
+        for check in gate_checks(side)
+        if check.outcome == FAILED
     ]
     for side in comparison.candidates:
         found += _other_prompts(comparison.baseline, side)
@@ -177,10 +178,10 @@ def warnings(comparison: Comparison) -> list[str]:
     return found + [f"{', '.join(names)}: {sentence}" for sentence, names in said.items()]
 
 
-def gate_checks(side: Side) -> list[tuple[str, str, str]]:
-    """Name, outcome and detail of each check of the quality gate, in all reports of a side; none in older ones."""
-    checks = [check for values in side.values for check in (values.get("gate") or {}).get("checks", ())]
-    return list(dict.fromkeys((check["name"], check["outcome"], check["detail"]) for check in checks))
+def gate_checks(side: Side) -> list[Check]:
+    """The checks of the quality gate, in all reports of a side; none in older ones."""
+    gates = [report.gate for report in side.reports if report.gate is not None]
+    return list(dict.fromkeys(check for gate in gates for check in gate.checks))
 
 
 def _other_prompts(baseline: Side, side: Side) -> list[str]:

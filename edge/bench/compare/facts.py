@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge.bench.compare.comparison import Comparison, Side, gate_checks
+from edge.bench.numbers import NONE, format_bytes, format_number, short_hash
 from edge.bench.samples import BenchCase
-from edge.bench.tables import NONE, format_bytes, format_number
 
 # What is measured, or said elsewhere in the comparison.
 _NOT_FACTS = {"cases", "ledger", "notes", "other_cpu", "peers", "timestamp", "gate", "roofline", "skipped"}
 _IN_ROWS = {"ttft_s", "ttft_percentiles_s", "prefill_tok_s", "decode_tok_s", "interval_s"}
 # Of a case's telemetry, what is a workload's length or a sample.
 _NOT_FIGURES = {"prompt_tokens", "decode_tokens", "runs", "trace"}
-_HASH = 12  # digits of a hash that are shown
 
 
 @dataclass(frozen=True)
@@ -77,17 +76,13 @@ def _flat(values: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tu
         path = (*place, key.replace("_", " "))
         if key in _NOT_FACTS or value is None or isinstance(value, float):
             continue
+        name = ": ".join(filter(None, (path[0], " ".join(path[1:]))))
         if isinstance(value, Mapping):
             yield from _flat(value, path)
         elif isinstance(value, str | int):
-            yield ": ".join((path[0], " ".join(path[1:]))) if path[1:] else path[0], _shown(str(value))
+            yield name, short_hash(str(value))
         elif all(isinstance(item, str | int) for item in value):
-            yield ": ".join((path[0], " ".join(path[1:]))) if path[1:] else path[0], ", ".join(map(str, value))
-
-
-def _shown(text: str) -> str:
-    is_hash = len(text) >= 32 and set(text) <= set("0123456789abcdef")
-    return text[:_HASH] if is_hash else text
+            yield name, ", ".join(map(str, value))
 
 
 def figures(comparison: Comparison) -> list[tuple[BenchCase, list[Figure]]]:
@@ -150,5 +145,5 @@ def ledger_figures(comparison: Comparison) -> list[Figure]:
 
 def gates(comparison: Comparison) -> list[str]:
     """Each side's quality gate as one line: what every check found; none for reports without a gate."""
-    said = {side.name: [f"{name} {outcome}" for name, outcome, _ in gate_checks(side)] for side in comparison.sides}
+    said = {side.name: [f"{check.name} {check.outcome}" for check in gate_checks(side)] for side in comparison.sides}
     return [f"{side}: {', '.join(checks)}." for side, checks in said.items() if checks]

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from edge.bench.compare.comparison import PHASES, Comparison, Row, Side, case_label, samples, warnings
 from edge.bench.compare.facts import Figure, differences, figures, gates, ledger_figures
+from edge.bench.numbers import NONE, format_number, format_ratio, plain_markdown
 from edge.bench.options import PeerRow
-from edge.bench.tables import NONE, format_number, format_ratio, machine_line, model_line
+from edge.bench.tables import machine_line, model_line
 
 SCHEMA_VERSION = 1
 READING = (
@@ -175,24 +176,25 @@ def _table(section: Section) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """For an issue or a pull request."""
-    lines = [f"# {_plain(title(comparison))}", "", *(f"- {_plain(side_line(side))}" for side in comparison.sides)]
-    lines += ["", *(f"> **Warning:** {_plain(sentence)}  " for sentence in warnings(comparison))]
+    lines = [
+        f"# {plain_markdown(title(comparison))}",
+        "",
+        *(f"- {plain_markdown(side_line(side))}" for side in comparison.sides),
+    ]
+    lines += ["", *(f"> **Warning:** {plain_markdown(sentence)}  " for sentence in warnings(comparison))]
     for section in sections(comparison):
-        lines += ["", f"## {_plain(section.heading)}", "", *_markdown_table(section)]
-        lines += ["", _plain(section.caption)] if section.caption else []
-    lines += ["", *(f"- Quality gate of {_plain(gate)}" for gate in gates(comparison))] if gates(comparison) else []
+        lines += ["", f"## {plain_markdown(section.heading)}", "", *_markdown_table(section)]
+        lines += ["", plain_markdown(section.caption)] if section.caption else []
+    lines += (
+        ["", *(f"- Quality gate of {plain_markdown(gate)}" for gate in gates(comparison))] if gates(comparison) else []
+    )
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(section: Section) -> list[str]:
-    rows = [f"| {' | '.join(map(_plain, row))} |" for row in (section.headings, *section.rows)]
+    rows = [f"| {' | '.join(map(plain_markdown, row))} |" for row in (section.headings, *section.rows)]
     rule = [":---" if i < section.names else "---:" for i in range(len(section.headings))]
     return [rows[0], f"| {' | '.join(rule)} |", *rows[1:]]
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text.replace("\n", " "))
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:

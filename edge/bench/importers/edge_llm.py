@@ -6,12 +6,11 @@ the GPU's: sampling, tokenising and the host's part of a step are not in them.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from edge.bench.importers.rows import Imported, ResultFile, count, merge, positive
+from edge.bench.importers.rows import Imported, ResultFile, count, merge, positive, read_csv
 from edge.bench.options import PeerRow
 
 NAME = "TensorRT Edge-LLM"
@@ -71,18 +70,11 @@ def _profile_row(profile: Mapping[str, Any]) -> PeerRow:
 def _read_csv(text: str) -> Imported:
     """One or more CSV files, each with its heading; the rate in them is of one sequence of the batch."""
     rows, left_out = [], []
-    heading: list[str] = []
-    for cells in csv.reader(text.splitlines()):
-        if cells[:1] == ["mode"]:
-            heading = cells
-        elif heading and cells:
-            if len(cells) != len(heading):
-                raise ValueError(f"a row has {len(cells)} fields under a heading of {len(heading)}")
-            test = dict(zip(heading, cells, strict=True))
-            lengths = {"prefill": test.get("input_len"), "decode": test.get("past_kv_len")}
-            row = _test_row(test["mode"], lengths, test.get("batch_size"), test.get("throughput_tps"), "llm_bench CSV")
-            left_out += [] if row else [f"left out mode {test['mode']}: neither prefill nor decode"]
-            rows += [row] if row else []
+    for test in read_csv(text, lambda cells: cells[:1] == ["mode"]):
+        lengths = {"prefill": test.get("input_len"), "decode": test.get("past_kv_len")}
+        row = _test_row(test["mode"], lengths, test.get("batch_size"), test.get("throughput_tps"), "llm_bench CSV")
+        left_out += [] if row else [f"left out mode {test['mode']}: neither prefill nor decode"]
+        rows += [row] if row else []
     return Imported(merge(rows), tuple(left_out))
 
 

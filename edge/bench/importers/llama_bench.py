@@ -6,12 +6,11 @@ the cache.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edge.bench.importers.rows import Imported, ResultFile, count, merge, positive
+from edge.bench.importers.rows import Imported, ResultFile, count, merge, positive, read_csv
 from edge.bench.options import PeerRow
 
 # What a test is, and what it measured: all else that differs within a file belongs to the engine's name.
@@ -100,16 +99,7 @@ def _is_csv_heading(line: str) -> bool:
 
 def _csv_tests(text: str) -> list[Test]:
     """The rows under each heading; fields that older versions shifted against their heading are refused."""
-    tests: list[Test] = []
-    heading: list[str] = []
-    for cells in csv.reader(text.splitlines()):
-        if _is_csv_heading(",".join(cells)):
-            heading = cells
-        elif heading and cells:
-            if len(cells) != len(heading):
-                raise ValueError(f"a row has {len(cells)} fields under a heading of {len(heading)}; use -o json")
-            tests.append(dict(zip(heading, cells, strict=True)))
-    return tests
+    return [*read_csv(text, lambda cells: _is_csv_heading(",".join(cells)), "; use -o json")]
 
 
 def _is_table_heading(line: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,20 @@ def count(value: Any, field: str) -> int:
     if isinstance(value, bool) or not (0 <= number < 2**53 and number.is_integer()):
         raise ValueError(f"{field} is {value!r}, no whole number")
     return int(number)
+
+
+def read_csv(text: str, is_heading: Callable[[Sequence[str]], bool], advice: str = "") -> list[dict[str, str]]:
+    """The rows under each heading, by its names; ValueError, with the advice, if a row has another number of fields."""
+    rows: list[dict[str, str]] = []
+    heading: list[str] = []
+    for cells in csv.reader(text.splitlines()):
+        if is_heading(cells):
+            heading = cells
+        elif heading and cells:
+            if len(cells) != len(heading):
+                raise ValueError(f"a row has {len(cells)} fields under a heading of {len(heading)}{advice}")
+            rows.append(dict(zip(heading, cells, strict=True)))
+    return rows
 
 
 def merge(rows: Iterable[PeerRow]) -> tuple[PeerRow, ...]:
