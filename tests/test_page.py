@@ -410,6 +410,25 @@ def test_refusals_are_one_sentence_and_lose_nothing(page: Browser, url: str) -> 
     page.problems[:] = [problem for problem in page.problems if "status of 400" not in problem]
 
 
+FIRST_ANSWER_LATE = """(() => {
+  const plain = window.fetch;
+  let held = null;
+  window.letThrough = async () => {
+    held.release();
+    await held.answer;
+    await new Promise((resolve) => setTimeout(resolve, 200));
+  };
+  window.fetch = async (path, options) => {
+    const answer = plain(path, options);
+    if (path === "v1/models" && held === null) {
+      held = {answer};
+      await new Promise((resolve) => { held.release = resolve; });
+    }
+    return answer;
+  };
+})()"""
+
+
 def test_a_key_is_asked_for_and_a_server_that_ends_is_noticed(bundle: Path, browser: Browser) -> None:
     # Room for a reply that is not over before the server is stopped.
     with started(bundle, "--api-key", "sésame", context=4096) as (process, port):
@@ -423,12 +442,15 @@ def test_a_key_is_asked_for_and_a_server_that_ends_is_noticed(bundle: Path, brow
         browser.open(url)
         browser.wait_for("!document.querySelector('#key-form').hidden && document.activeElement.id === 'key'")
         assert "key is missing or wrong" in browser.text("#error")
+        browser.run(FIRST_ANSWER_LATE)
         for key in ("wrong", "sésame"):
             browser.run("document.querySelector('#key').value = ''; document.querySelector('#key').focus()")
             browser.type(key)
             browser.press("Enter")
-            browser.wait_for("document.activeElement.id === 'message'" if key == "sésame" else "true")
-        browser.wait_for("document.querySelector('#key-form').hidden && !document.querySelector('#error').textContent")
+        browser.wait_for("document.activeElement.id === 'message'")
+        browser.run("window.letThrough()")  # the refusal of the first key, when the second has been taken
+        assert browser.run("document.querySelector('#key-form').hidden && document.activeElement.id === 'message'")
+        assert not browser.text("#error")
         browser.wait_for("document.querySelector('#figures strong').textContent !== '–'")
         browser.run("document.querySelector('[name=temperature]').value = 0")
         say(browser, "Hello")

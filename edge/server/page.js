@@ -283,16 +283,21 @@ function newChat() {
   field.focus();
 }
 
+let asked = 0;
+
+/** Who answers, and whether the key is right. Answers to an earlier key may come late, and count no more. */
 async function readModel() {
+  const turn = ++asked;
   try {
     const model = (await (await ask("v1/models")).json()).data[0];
+    if (turn !== asked) return false;
     byId("model").textContent = `${model.id}, context of ${model.max_model_len.toLocaleString("en")} tokens`;
     document.title = `${model.id} · minicpm-edge`;
     if (!byId("key-form").hidden) complain(""); // any other sentence is about something else
     byId("key-form").hidden = true;
     return true;
   } catch (error) {
-    complain(error.message, error.status);
+    if (turn === asked) complain(error.message, error.status);
     return false;
   }
 }
