@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge.bench.compare.comparison import NOT_SHOWN, Side, compare_sides, load_sides
-from edge.bench.compare.statistics import LEVEL, holm, welch_ratio
+from edge.bench.statistics import LEVEL, holm, welch_ratio
 
 ROWS = 6  # three contexts, prefill and decode
 REPETITIONS = (2, 3, 5, 10)

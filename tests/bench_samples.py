@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edge.bench.bandwidth import Limits
 from edge.bench.checks import FAILED, NOT_POSSIBLE, PASSED, Check, Gate
+from edge.bench.compare.comparison import Comparison, Side, compare_sides
 from edge.bench.fit import Skipped
 from edge.bench.identity import Identity
 from edge.bench.machine import Machine, MemoryUse
@@ -101,6 +102,26 @@ def sample_report(**changes: Any) -> Report:
     )
     peers = (PeerRow("llama.cpp Q4_0", 2048, 230.0, 60.0), PeerRow("llama.cpp Q4_0", 8192, 120.0, None))
     return replace(Report(cases, HERE, CPU_ENGINE, 0, 0.02, peers, LEDGER), **changes)
+
+
+def pair(**changes: object) -> Comparison:
+    """The sample report, named old, and one that decodes a third faster, named new, whose facts are changed."""
+    old, steady = sample_report(), (0.500, 0.501, 0.502)
+    cases = (
+        case_result(128, *((t, [t / 40] * 60) for t in steady)),
+        case_result(2048, *((t, [t / 40] * 60) for t in steady)),
+    )
+    quick = tuple(
+        replace(
+            r,
+            repetitions=tuple(
+                replace(run, intervals_s=tuple(g * 0.75 for g in run.intervals_s)) for run in r.repetitions
+            ),
+        )
+        for r in cases
+    )
+    old = replace(old, cases=cases)
+    return compare_sides([Side("old", (old,)), Side("new", (replace(old, cases=quick, **changes),))])  # type: ignore[arg-type]
 
 
 def batch_result(prompt: int, batch: int, first: Sequence[float], gap: float, steps: int = 8) -> CaseResult:

@@ -1,4 +1,4 @@
-"""`edge bench compare`: the statistics against scipy and simulation, what is said of two reports, the command."""
+"""`edge bench compare`: what is said of simulated and of two reports, and its outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from scipy import special, stats
 
 from edge.bench.checks import FAILED, PASSED, Check, Gate
 from edge.bench.compare.comparison import (
@@ -28,79 +27,19 @@ from edge.bench.compare.comparison import (
     Comparison,
     Side,
     compare_sides,
-    load_sides,
     samples,
     slower_rows,
     warnings,
 )
 from edge.bench.compare.facts import differences, figures, format_change, ledger_figures
 from edge.bench.compare.page import interval_plot, render_html
-from edge.bench.compare.statistics import holm, incomplete_beta, t_quantile, t_two_sided, welch_ratio
 from edge.bench.compare.text import markdown, terminal, to_dict, to_json
 from edge.bench.options import PeerRow
 from edge.bench.report import Report
 from edge.bench.report import to_json as report_json
-from edge.cli.app import run_command
 from edge.errors import EdgeError, UsageError
-from tests import peer_samples
-from tests.bench_samples import CPU_ENGINE, HERE, LEDGER, MIB, Page, case_result, plots, reports, sample_report
+from tests.bench_samples import CPU_ENGINE, HERE, LEDGER, MIB, Page, case_result, pair, plots, reports, sample_report
 from tests.browser import CHROMIUM, browsing
-
-# ---- statistics --------------------------------------------------------------------------------------------
-
-speeds = st.lists(st.floats(0.1, 1e4), min_size=2, max_size=8)
-
-
-@settings(deadline=None)
-@given(st.floats(0.1, 1e4), st.floats(0.1, 50), st.floats(0, 1))
-def test_the_incomplete_beta_function_is_scipys(a: float, b: float, x: float) -> None:
-    assert incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), rel=1e-8, abs=1e-12)
-
-
-@settings(deadline=None)
-@given(st.floats(-60, 60), st.floats(1, 1e5), st.floats(0.51, 0.9999))
-def test_students_t_is_scipys(t: float, degrees: float, probability: float) -> None:
-    assert t_two_sided(t, degrees) == pytest.approx(2 * stats.t.sf(abs(t), degrees), rel=1e-7, abs=1e-14)
-    assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-6)
-
-
-@settings(deadline=None)
-@given(speeds, speeds)
-def test_welchs_test_is_scipys(baseline: list[float], candidate: list[float]) -> None:
-    a, b = np.log(baseline), np.log(candidate)
-    if np.std(a) < 1e-6 and np.std(b) < 1e-6:
-        return  # scipy warns of samples without a spread
-    expected = stats.ttest_ind(b, a, equal_var=False)
-    interval = expected.confidence_interval(0.95)
-    found = welch_ratio(baseline, candidate)
-    assert found.ratio == pytest.approx(stats.gmean(candidate) / stats.gmean(baseline))
-    assert found.p == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
-    assert found.interval is not None
-    assert np.log(found.interval) == pytest.approx([interval.low, interval.high], rel=1e-6, abs=1e-6)
-
-
-def test_samples_without_a_spread() -> None:
-    assert welch_ratio([5.0], [6.0, 6.0]).p is None and welch_ratio([5.0], [6.0, 6.0]).interval is None
-    assert welch_ratio([5.0] * 3, [5.0] * 4).p == 1
-    assert welch_ratio([0.1] * 3, [0.1 + 1e-17] * 7).p == 1
-    different = welch_ratio([5.0] * 3, [6.0] * 3)
-    assert different.p is not None and different.p < 1e-9 and different.ratio == pytest.approx(1.2)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), max_size=9))
-def test_holms_correction_is_its_definition(p_values: list[float]) -> None:
-    """Rejected at any level: the k smallest, as long as the i-th is at most level / (m - i + 1)."""
-    adjusted = holm(p_values)
-    for level in (0.001, 0.05, 0.3):
-        order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-        rejected = set()
-        for rank, index in enumerate(order):
-            if p_values[index] * (len(order) - rank) > level:
-                break
-            rejected.add(index)
-        assert {i for i, p in enumerate(adjusted) if p <= level} == rejected
-
 
 # ---- simulated reports -------------------------------------------------------------------------------------
 
@@ -135,16 +74,16 @@ def test_a_tenth_is_seen_with_five_repetitions_of_one_percent_noise() -> None:
     draw = np.random.default_rng(0)
     for factor, verdict in ((1.1, FASTER), (1 / 1.1, SLOWER)):
         for _ in range(40):
-            pair = simulated(draw, 5, 0.01), simulated(draw, 5, 0.01, factor)
-            assert verdicts(*pair) == [verdict] * 6
+            sides = simulated(draw, 5, 0.01), simulated(draw, 5, 0.01, factor)
+            assert verdicts(*sides) == [verdict] * 6
 
 
 def test_the_interval_holds_the_true_ratio() -> None:
     draw = np.random.default_rng(1)
     inside = 0
     for _ in range(100):
-        pair = simulated(draw, 4, 0.03), simulated(draw, 4, 0.03, 1.05)
-        rows = compare_sides([Side("a", pair[:1]), Side("b", pair[1:])]).rows
+        a, b = simulated(draw, 4, 0.03), simulated(draw, 4, 0.03, 1.05)
+        rows = compare_sides([Side("a", (a,)), Side("b", (b,))]).rows
         inside += sum(low <= 1.05 <= high for low, high in (row.interval or (2, 0) for row in rows))
     assert 0.93 <= inside / 600 <= 0.98
 
@@ -204,26 +143,6 @@ def test_exchanging_the_sides_inverts_everything(report: Report, data: st.DataOb
         assert (one.interval is None) == (two.interval is None)
         if one.interval and two.interval and one.interval[0] > 1e-100 and one.interval[1] < 1e100:
             assert two.interval == pytest.approx((1 / one.interval[1], 1 / one.interval[0]), rel=1e-6)
-
-
-def pair(**changes: object) -> Comparison:
-    """The sample report, named old, and one that decodes a third faster, named new, whose facts are changed."""
-    old, steady = sample_report(), (0.500, 0.501, 0.502)
-    cases = (
-        case_result(128, *((t, [t / 40] * 60) for t in steady)),
-        case_result(2048, *((t, [t / 40] * 60) for t in steady)),
-    )
-    quick = tuple(
-        replace(
-            r,
-            repetitions=tuple(
-                replace(run, intervals_s=tuple(g * 0.75 for g in run.intervals_s)) for run in r.repetitions
-            ),
-        )
-        for r in cases
-    )
-    old = replace(old, cases=cases)
-    return compare_sides([Side("old", (old,)), Side("new", (replace(old, cases=quick, **changes),))])  # type: ignore[arg-type]
 
 
 def test_verdicts_ratios_and_medians() -> None:
@@ -446,145 +365,3 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert any(role == "image" and name.startswith(said) for role, name in browser.accessibility())
         assert browser.addresses and all(address.startswith(("file:", "data:")) for address in browser.addresses)
         assert browser.problems == []
-
-
-# ---- the command -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, str]:
-    """Reports old, new, and slow (new's inverse: old's cases with new's name), and a peer's results."""
-    forth = pair()
-    places = {}
-    for side in forth.sides:
-        (tmp_path / f"{side.name}.json").write_text(report_json(side.first), encoding="utf-8")
-        places[side.name] = str(tmp_path / f"{side.name}.json")
-    places["peer"] = str(tmp_path / "llama.csv")
-    Path(places["peer"]).write_text(peer_samples.LLAMA_CSV, encoding="utf-8")
-    return places
-
-
-def edge(*words: str) -> int:
-    return run_command(["bench", *words], debug=False)
-
-
-def test_compare_prints_and_writes_every_form(
-    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    forms = {name: str(tmp_path / name) for name in ("c.html", "c.md", "c.json")}
-    options = ["--html", forms["c.html"], "--markdown", forms["c.md"], "--output", forms["c.json"]]
-    assert edge("compare", files["old"], f"fresh={files['new']}", "--peer", f"rival={files['peer']}", *options) == 0
-    said = capsys.readouterr().out
-    assert "fresh against old" in said and "faster" in said and "rival" in said
-    assert "fresh against old" in Path(forms["c.html"]).read_text() and "rival" in Path(forms["c.md"]).read_text()
-    assert edge("compare", files["old"], f"fresh={files['new']}", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["rows"] == json.loads(Path(forms["c.json"]).read_text())["rows"]
-
-
-def test_fail_if_slower_decides_the_exit_code(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert edge("compare", files["old"], files["new"], "--fail-if-slower", "0") == 0
-    assert edge("compare", files["new"], files["old"], "--fail-if-slower", "30") == 0
-    capsys.readouterr()
-    assert edge("compare", files["new"], files["old"], "--fail-if-slower", "20") == 1
-    out, err = capsys.readouterr()
-    assert "old against new" in out, "the table is printed before it fails"
-    assert err.startswith("error: slower by more than 20 %: old at decode of 128+61 (0.750, ")
-
-
-def test_runs_joined_by_commas_are_one_side(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    old, new = files["old"], files["new"]
-    assert edge("compare", f"before={old},{old},{old}", f"after={new},{new}", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert [side["runs"] for side in values["sides"]] == [3, 2]
-    assert {tuple(row["samples"]) for row in values["rows"]} == {(3, 2)}
-
-
-WRONG = {
-    "nothing": ([], 2, "Missing argument"),
-    "one report": (["OLD"], 2, "there is nothing to compare with"),
-    "one report twice": (["OLD", "OLD"], 2, "two sides are named"),
-    "no file": (["OLD", "/nowhere.json"], 1, "cannot read the report /nowhere.json"),
-    "no report": (["OLD", "PEER"], 1, "is not a benchmark report"),
-    "no peer": (["OLD", "NEW", "--peer", "/nowhere"], 1, "cannot read the result /nowhere"),
-    "html in no folder": (["OLD", "NEW", "--html", "/nowhere/x.html"], 2, "/nowhere is no folder"),
-    "a share below 0": (["OLD", "NEW", "--fail-if-slower", "-1"], 2, "--fail-if-slower"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_use_is_one_sentence(
-    case: str, files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments, code, words = WRONG[case]
-    places = {name.upper(): path for name, path in files.items()}
-    assert edge("compare", *(places.get(word, word) for word in arguments)) == code
-    out, err = capsys.readouterr()
-    assert words in err and err.startswith("error: ") and err.count("\n") == 1 and out == ""
-
-
-def test_names_are_file_names_or_as_much_of_the_path_as_differs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for place in ("orin/report.json", "rtx/report.json", "a=b.json"):
-        Path(place).parent.mkdir(exist_ok=True)
-        Path(place).write_text(report_json(sample_report()), encoding="utf-8")
-    assert [side.name for side in load_sides(["orin/report.json", "rtx/report.json"])] == ["orin/report", "rtx/report"]
-    assert [side.name for side in load_sides(["a=b.json", "x = y=orin/report.json"][:1])] == ["a=b"]
-    assert [side.name for side in load_sides(["x=a=b.json", "rtx/report.json"])] == ["x", "report"]
-
-
-def test_bench_is_still_a_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Options in any place, a folder named compare by ./compare; its help shows both."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "compare").mkdir()
-    for words in (["./compare", "--repeat", "1"], ["--repeat", "1", "./compare"]):
-        assert edge(*words) == 2
-        assert "compare has no manifest.json" in capsys.readouterr().err
-    assert edge("one", "two") == 2
-    assert "unexpected extra argument" in capsys.readouterr().err
-    assert edge() == 2
-    assert "no bundle to measure" in capsys.readouterr().err
-    assert edge("--help") == 0
-    said = capsys.readouterr().out
-    assert (
-        "--contexts" in said
-        and "compare" in said.split("Commands")[1]
-        and "Usage: edge bench [OPTIONS] [BUNDLE]" in said
-    )
-    assert edge("compare", "--help") == 0
-    assert "Usage: edge bench compare [OPTIONS]" in capsys.readouterr().out
-
-
-def test_a_bundles_report_holds_its_peers(
-    tiny_bundle: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(tiny_bundle), "--contexts", "16", "--new-tokens", "4", "--repeat", "1", "--peer", files["peer"]]
-    assert edge(*words, "--peer", f"mine={files['old']}", "--json") == 0
-    peers = json.loads(capsys.readouterr().out)["peers"]
-    assert {peer["name"] for peer in peers} == {"llama.cpp qwen2 7B Q4_K - Medium", "mine"}
-    assert peers[0]["source"].endswith("llama.csv")
-    assert edge(str(tiny_bundle), "--peer", "/nowhere") == 1
-
-
-def test_an_option_that_differs_is_named(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reports as they are written; prompts are the same, so nothing warns of them."""
-    files = [str(tmp_path / f"chunk{chunk}.json") for chunk in (8, 16)]
-    for file, chunk in zip(files, ("8", "16"), strict=True):
-        words = ["--contexts", "16,24", "--new-tokens", "4", "--repeat", "2", "--no-gate", "--chunk", chunk]
-        assert edge(str(tiny_bundle), *words, "--output", file) == 0
-    capsys.readouterr()
-    assert edge("compare", *files, "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert {"name": "engine: chunk", "values": ["8 tokens", "16 tokens"]} in values["differences"]
-    assert not [said for said in values["warnings"] if "prompts" in said]
-    assert len(values["rows"]) == 4 and all(row["p"] is not None for row in values["rows"])
-    changed = json.loads(Path(files[1]).read_text())
-    changed["cases"][0]["prompts_sha256"] = "0" * 64
-    Path(files[1]).write_text(json.dumps(changed))
-    assert edge("compare", *files, "--json") == 0
-    warning = "chunk16 read other prompts than chunk8 at 16+4: not comparable."
-    assert warning in json.loads(capsys.readouterr().out)["warnings"]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from edge.bench.machine import MemoryUse
+from edge.bench.statistics import LEVEL, t_quantile
 from edge.telemetry.figures import CaseTelemetry
 
 PERCENTILES = (50, 90, 99)
-# two-sided 95 % quantiles of Student's t for 1..9 degrees of freedom
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -187,17 +185,6 @@ def _mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % confidence interval of the mean: mean +- t(0.975, n-1) s / sqrt(n)."""
     if len(values) < 2:
         return None
-    half = student_t_95(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half = t_quantile(1 - LEVEL / 2, len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
     mean = float(np.mean(values))
     return mean - half, mean + half
-
-
-def student_t_95(degrees: int) -> float:
-    """97.5 % quantile of Student's t: table, then the Cornish-Fisher expansion around the normal quantile."""
-    if degrees <= len(T_95):
-        return T_95[degrees - 1]
-    z = NormalDist().inv_cdf(0.975)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3

@@ -12,10 +12,10 @@ from statistics import fmean, median
 from typing import Any
 
 from edge.bench.checks import FAILED, Check
-from edge.bench.compare.statistics import LEVEL, holm, welch_ratio
 from edge.bench.options import PeerRow
 from edge.bench.report import Report, load_report, notes, to_dict
 from edge.bench.samples import BenchCase, CaseResult, Summary
+from edge.bench.statistics import LEVEL, holm, welch_ratio
 from edge.errors import EdgeError, UsageError
 
 FASTER, SLOWER, NOT_SHOWN, NO_CLAIM = "faster", "slower", "no difference shown", "no claim"

@@ -1,4 +1,4 @@
-"""Is one sample of speeds really another's multiple: Welch's t test on logarithms, and Holm's correction.
+"""Student's t, and whether one sample of speeds is another's multiple: Welch's t test on logarithms, Holm's correction.
 
 Why these, what they assume and what few repetitions can show: docs/compare.md. Without scipy, which devices lack.
 """
