@@ -180,7 +180,7 @@ def test_all_forms_show_the_same_facts() -> None:
     plain = re.sub(r"[\s\\]+", "", markdown(report))
     found = sections(report)
     assert [section.identity for section in found] == [
-        *("skipped", "first-tokens", "confidence", "roofline", "speculation", "gate", "identity")
+        *("skipped", "first-tokens", "confidence", "roofline", "speculation", "gate", "identity", "ledger")
     ]
     for section in found:
         for text in (section.heading, *section.headings, *(cell for row in section.rows for cell in row)):
@@ -197,7 +197,7 @@ def test_all_forms_show_the_same_facts() -> None:
 
 def test_sections_say_only_what_is_known() -> None:
     single = case_result(512, (0.4, [0.01]))
-    assert [section.identity for section in sections(sample_report(cases=(single,)))] == ["first-tokens"]
+    assert [section.identity for section in sections(sample_report(cases=(single,), ledger=()))] == ["first-tokens"]
     lost = replace(full_report(), roofline=Roofline(None, problem="No roofline: no room."))
     assert "No roofline: no room." in printed(lost) and "No roofline: no room." in render_html(lost)
 

@@ -14,22 +14,25 @@ from markupsafe import Markup
 
 from edge.bench import svg
 from edge.bench.machine import Machine
-from edge.bench.numbers import format_bytes, format_number, format_ratio, format_seconds
-from edge.bench.power import power_lines, sensor_facts
+from edge.bench.numbers import (
+    format_bytes,
+    format_number,
+    format_percentiles,
+    format_ratio,
+    format_seconds,
+    format_summary,
+)
 from edge.bench.power_plots import time_plots
+from edge.bench.power_sections import power_lines, power_sections, sensor_facts
 from edge.bench.report import SCHEMA_VERSION, Report, compare_peers, execution, notes
 from edge.bench.samples import PERCENTILES, CaseResult, Summary
 from edge.bench.sections import case_cells, case_headings, sections
 from edge.bench.tables import (
-    format_percentiles,
-    format_spread,
-    ledger_cells,
     machine_line,
     model_line,
     peer_case,
     peer_name,
     peer_sources,
-    power_tables,
     workload_line,
 )
 
@@ -63,10 +66,16 @@ class Figure:
 
 def render_page(template: Path, **values: Any) -> str:
     """A page from its template; `style` is the style sheet that all reports share. Values are escaped."""
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    style = Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
-    return environment.from_string(template.read_text(encoding="utf-8")).render(style=style, **values)
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, here]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Markup((here / "page.css").read_text(encoding="utf-8"))
+    return environment.get_template(template.name).render(style=style, **values)
 
 
 def render_html(report: Report) -> str:
@@ -88,11 +97,10 @@ def render_html(report: Report) -> str:
         sections=sections(report),
         case_headings=case_headings(report),
         case_cells=lambda case: case_cells(report, case),
-        ledger=ledger_cells(report),
-        power_tables=power_tables(report, "\n", ""),
+        power_sections=power_sections(report.cases),
         power_figures=[
             Figure(plot.identity, plot.heading, plot.caption, Markup(plot.plot))
-            for plot in time_plots(report.cases, report.telemetry, format_number)
+            for plot in time_plots(report.cases, report.telemetry)
         ],
         power_lines=power_lines(report.telemetry),
         notes=notes(report),
@@ -103,8 +111,7 @@ def render_html(report: Report) -> str:
         seconds=format_seconds,
         size=format_bytes,
         ratio=lambda value: format_ratio(value).replace("x", "×"),
-        spread=lambda summary: format_spread(summary).replace(" to ", "–"),
-        lines=lambda text: Markup("<br>").join(text.split("\n")),
+        summary=format_summary,
         percentile_cells=format_percentiles,
     )
 

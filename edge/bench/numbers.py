@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from edge.bench.samples import PERCENTILES, CaseResult, Summary
+
 NONE = "-"
 SHORT_HASH = 12  # digits of a hash that are shown; the JSON report has them all
 
@@ -39,6 +41,22 @@ def format_ratio(ratio: float | None) -> str:
 def format_share(share: float | None) -> str:
     """A fraction as a percentage: 73 %, 4.2 %, 0.31 %."""
     return NONE if share is None else f"{format_number(100 * share) if share < 0.0995 else f'{100 * share:,.0f}'} %"
+
+
+def format_summary(summary: Summary | None) -> str:
+    """The median, and on a second line the slowest to the fastest repetition, where there is more than one."""
+    if summary is None:
+        return NONE
+    median = format_number(summary.median)
+    if summary.interval is None:
+        return median
+    return f"{median}\n{format_number(summary.low)} to {format_number(summary.high)}"
+
+
+def format_percentiles(result: CaseResult) -> list[str]:
+    """p50, p90 and p99 of the inter-token intervals in milliseconds."""
+    percentiles = result.interval_percentiles_s
+    return [format_number(percentiles[p] * 1000 if percentiles else None) for p in PERCENTILES]
 
 
 def plain_markdown(text: str) -> str:

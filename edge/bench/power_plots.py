@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge.bench import svg
-from edge.bench.power import UNITS, Number
+from edge.bench.numbers import format_number
+from edge.bench.power import UNITS
 from edge.bench.samples import CaseResult
 from edge.telemetry.figures import Telemetry, Trace
 
@@ -24,7 +25,7 @@ class TimePlot:
     plot: str
 
 
-def time_plots(cases: Sequence[CaseResult], telemetry: Telemetry | None, number: Number) -> list[TimePlot]:
+def time_plots(cases: Sequence[CaseResult], telemetry: Telemetry | None) -> list[TimePlot]:
     """Of the last repetition of the longest case; what was not readable has no plot."""
     traced = [(result.case.prompt_tokens, result.telemetry.trace) for result in cases if result.telemetry]
     if telemetry is None or not traced or traced[-1][1] is None:
@@ -32,12 +33,12 @@ def time_plots(cases: Sequence[CaseResult], telemetry: Telemetry | None, number:
     tokens, trace = traced[-1][0], traced[-1][1]
     where = f"Last repetition at {tokens:,} tokens."
     idle = telemetry.idle_w
-    power = [_series("power", trace, trace.power_w, number)]
+    power = [_series("power", trace, trace.power_w)]
     if idle is not None:
         power.append(svg.Series("idle", tuple(svg.Point(trace.seconds[i], idle) for i in (0, -1))))
     units = [unit for unit in UNITS if unit in trace.clocks_hz]
-    clocks = [_series(unit, trace, [_mega(v) for v in trace.clocks_hz[unit]], number, lowest=True) for unit in units]
-    heat = [_series("hottest zone", trace, trace.temperature_c, number)]
+    clocks = [_series(unit, trace, [_mega(v) for v in trace.clocks_hz[unit]], lowest=True) for unit in units]
+    heat = [_series("hottest zone", trace, trace.temperature_c)]
     plots = [
         ("plot-power", "Power over time", f"{where} Of {telemetry.scope}.", "Power (W)", power, 0.0),
         ("plot-clocks", "Clocks over time", f"{where} The lowest value is marked.", "Clock (MHz)", clocks, 0.0),
@@ -73,14 +74,12 @@ def span_axis(title: str, low: float, high: float, *, exact: bool = False) -> sv
     return svg.Axis(title, ticks[0][0], ticks[-1][0], tuple(ticks))
 
 
-def _series(
-    name: str, trace: Trace, values: Sequence[float | None], number: Number, *, lowest: bool = False
-) -> svg.Series:
+def _series(name: str, trace: Trace, values: Sequence[float | None], *, lowest: bool = False) -> svg.Series:
     """The known values; the highest, or lowest, within the phases has its number beside it."""
     known = [(at, value) for at, value in zip(trace.seconds, values, strict=True) if value is not None]
     inside = [point for point in known if 0 <= point[0] <= trace.end_s]
     extreme = (min if lowest else max)(inside, key=lambda point: point[1], default=None)
-    points = (svg.Point(*point, number(point[1]) if point == extreme else "") for point in known)
+    points = (svg.Point(*point, format_number(point[1]) if point == extreme else "") for point in known)
     return svg.Series(name, tuple(points))
 
 

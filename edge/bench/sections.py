@@ -1,10 +1,9 @@
-"""Tables that all three forms of the report show alike: what is in each cell is decided here, once."""
+"""The report's tables that its three forms show alike: what is in each cell is decided here, once."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from edge.bench.numbers import (
     NONE,
@@ -19,18 +18,9 @@ from edge.bench.numbers import (
 from edge.bench.report import Report
 from edge.bench.roofline import Roofline
 from edge.bench.samples import PERCENTILES, BenchCase, CaseResult, Summary
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table. headings: of columns, the first `words` of which are words and the others numbers."""
-
-    identity: str
-    heading: str
-    caption: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 0
+from edge.bench.table import Section
+from edge.memory.ledger import MEMORY
+from edge.memory.measured import Compared, totals
 
 
 def sections(report: Report) -> list[Section]:
@@ -43,6 +33,7 @@ def sections(report: Report) -> list[Section]:
         _speculation,
         _gate,
         _identity,
+        _ledger,
     )
     return [section for make in makers if (section := make(report)) is not None]
 
@@ -67,14 +58,14 @@ def prompts_hash(report: Report) -> str:
 def _skipped(report: Report) -> Section | None:
     if not report.skipped:
         return None
-    rows = tuple((s.case.label, str(s.case.new_tokens), s.needs, s.has) for s in report.skipped)
+    rows = [(s.case.label, str(s.case.new_tokens), s.needs, s.has) for s in report.skipped]
     return Section(
-        "skipped",
         "Cases that do not fit",
-        "They were not run; the others were.",
         ("Case", "New tokens", "Needs", "Has"),
         rows,
         words=4,
+        caption="They were not run; the others were.",
+        identity="skipped",
     )
 
 
@@ -85,9 +76,8 @@ def _first_tokens(report: Report) -> Section:
         samples = sum(len(r.ttfts_s) for r in result.repetitions)
         rows.append((*case_cells(report, result.case), *found, str(samples)))
     headings = (*case_headings(report), *(f"\np{p}" for p in PERCENTILES), "\nSamples")
-    return Section(
-        "first-tokens", "Time to first token", "Over all sequences and repetitions of a case.", headings, tuple(rows)
-    )
+    caption = "Over all sequences and repetitions of a case."
+    return Section("Time to first token", headings, rows, 0, caption, "first-tokens")
 
 
 def _confidence(report: Report) -> Section | None:
@@ -100,13 +90,9 @@ def _confidence(report: Report) -> Section | None:
         )
         for result in report.cases
     ]
-    return Section(
-        "confidence",
-        "95 % confidence intervals",
-        "Of the mean over the repetitions, by Student's t.",
-        (*case_headings(report), "TTFT\ns", "Prefill\ntok/s", "Decode\ntok/s"),
-        tuple(rows),
-    )
+    headings = (*case_headings(report), "TTFT\ns", "Prefill\ntok/s", "Decode\ntok/s")
+    caption = "Of the mean over the repetitions, by Student's t."
+    return Section("95 % confidence intervals", headings, rows, 0, caption, "confidence")
 
 
 def _interval(summary: Summary | None) -> str:
@@ -132,10 +118,9 @@ def _roofline(report: Report) -> Section | None:
                 format_share(row.prefill_share),
             )
         )
-    headings = ("Weights\nread", "KV\nread", "Decode\nbound", "Decode\nof it", "Prefill\nbound", "Prefill\nof it")
-    return Section(
-        "roofline", "Share of the roofline", roofline_text(found), (*case_headings(report), *headings), tuple(rows)
-    )
+    names = ("Weights\nread", "KV\nread", "Decode\nbound", "Decode\nof it", "Prefill\nbound", "Prefill\nof it")
+    headings = (*case_headings(report), *names)
+    return Section("Share of the roofline", headings, rows, 0, roofline_text(found), "roofline")
 
 
 def roofline_text(roofline: Roofline) -> str:
@@ -154,15 +139,16 @@ def _speculation(report: Report) -> Section | None:
     speculating = [result for result in report.cases if result.speculation is not None]
     if not speculating:
         return None
-    headings = ("Tokens a\nstep", "Accepted\n", "By depth\n1, 2, ...", "Drafting\n", "Plain\ntok/s", "Speed\n/ plain")
+    names = ("Tokens a\nstep", "Accepted\n", "By depth\n1, 2, ...", "Drafting\n", "Plain\ntok/s", "Speed\n/ plain")
     return Section(
-        "speculation",
         "Speculation",
-        "Tokens a step: of those that verified a tree. By depth: share of the trees that go so deep of which that much "
-        "was accepted. Drafting: share of the decode time. Plain: the same prompts without speculation, in turns. The "
-        "prompts are random tokens, so that acceptance is not that of your texts.",
-        (*case_headings(report), *headings),
-        tuple((*case_cells(report, result.case), *_speculation_cells(result)) for result in speculating),
+        (*case_headings(report), *names),
+        [(*case_cells(report, result.case), *_speculation_cells(result)) for result in speculating],
+        words=0,
+        caption="Tokens a step: of those that verified a tree. By depth: share of the trees that go so deep of which "
+        "that much was accepted. Drafting: share of the decode time. Plain: the same prompts without speculation, in "
+        "turns. The prompts are random tokens, so that acceptance is not that of your texts.",
+        identity="speculation",
     )
 
 
@@ -183,9 +169,9 @@ def _speculation_cells(result: CaseResult) -> list[str]:
 def _gate(report: Report) -> Section | None:
     if report.gate is None:
         return None
-    rows = tuple((check.name, check.outcome, check.detail) for check in report.gate.checks)
+    rows = [(check.name, check.outcome, check.detail) for check in report.gate.checks]
     caption = "Whether the tokens can be trusted; a check that failed is exit code 1."
-    return Section("gate", "Quality gate", caption, ("Check", "Outcome", "Seen"), rows, words=3)
+    return Section("Quality gate", ("Check", "Outcome", "Seen"), rows, 3, caption, "gate")
 
 
 def _identity(report: Report) -> Section | None:
@@ -202,11 +188,35 @@ def _identity(report: Report) -> Section | None:
         rows.append(("Workload", report.workload.name))
     if hashed := prompts_hash(report):
         rows.append((f"Prompts of seed {report.seed}", short_hash(hashed)))
+    caption = f"The first {SHORT_HASH} digits of sha256; the JSON report has all."
+    return Section("What exactly was measured", ("Fact", "Value"), rows, 2, caption, "identity")
+
+
+def _ledger(report: Report) -> Section | None:
+    """Line, planned, measured and difference; the last row is the total of what the budget is for."""
+    if not report.ledger:
+        return None
+    rows = [
+        (
+            row.name if row.where == MEMORY else f"{row.name} ({row.where})",
+            format_bytes(row.planned),
+            format_bytes(row.measured),
+            _difference(row),
+        )
+        for row in (*report.ledger, totals(report.ledger))
+    ]
     return Section(
-        "identity",
-        "What exactly was measured",
-        f"The first {SHORT_HASH} digits of sha256; the JSON report has all.",
-        ("Fact", "Value"),
-        tuple(rows),
-        words=2,
+        "Memory, planned and measured",
+        ("Memory", "Planned", "Measured", "Difference"),
+        rows,
+        caption="What the plan reserved before anything was loaded, and what all cases together took. Process and "
+        "headroom are bounds; the total leaves out what is elsewhere.",
+        identity="ledger",
     )
+
+
+def _difference(row: Compared) -> str:
+    """What was measured beyond the plan, in percent of it."""
+    if row.difference is None or not row.planned:
+        return NONE
+    return f"{100 * row.difference / row.planned:+.1f} %".replace("-0.0", "0.0").replace("+0.0", "0.0")

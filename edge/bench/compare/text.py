@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +18,7 @@ from edge.bench.compare.comparison import PHASES, Comparison, Row, Side, case_la
 from edge.bench.compare.facts import Figure, differences, figures, gates, ledger_figures
 from edge.bench.numbers import NONE, format_number, format_ratio, plain_markdown
 from edge.bench.options import PeerRow
+from edge.bench.table import Section, empty_table, markdown_table
 from edge.bench.tables import machine_line, model_line
 
 SCHEMA_VERSION = 1
@@ -28,17 +28,6 @@ READING = (
     "With one run a side, what differs from run to run is in no interval."
 )
 _HEADING_WIDTH, _HEADING_LINES = 12, 3
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table under a heading; the first `names` columns are words, the others figures."""
-
-    heading: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    names: int = 1
-    caption: str = ""
 
 
 def title(comparison: Comparison) -> str:
@@ -159,9 +148,9 @@ def terminal(comparison: Comparison) -> RenderableType:
 
 
 def _table(section: Section) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = empty_table()
     for index, heading in enumerate(section.headings):
-        is_name = index < section.names or heading in ("Phase", "Verdict")
+        is_name = index < section.words or heading in ("Phase", "Verdict")
         lines = textwrap.wrap(heading, _HEADING_WIDTH, max_lines=_HEADING_LINES, placeholder="…")
         table.add_column(
             escape("\n".join(lines)),
@@ -183,18 +172,12 @@ def markdown(comparison: Comparison) -> str:
     ]
     lines += ["", *(f"> **Warning:** {plain_markdown(sentence)}  " for sentence in warnings(comparison))]
     for section in sections(comparison):
-        lines += ["", f"## {plain_markdown(section.heading)}", "", *_markdown_table(section)]
+        lines += ["", f"## {plain_markdown(section.heading)}", "", *markdown_table(section)]
         lines += ["", plain_markdown(section.caption)] if section.caption else []
     lines += (
         ["", *(f"- Quality gate of {plain_markdown(gate)}" for gate in gates(comparison))] if gates(comparison) else []
     )
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(section: Section) -> list[str]:
-    rows = [f"| {' | '.join(map(plain_markdown, row))} |" for row in (section.headings, *section.rows)]
-    rule = [":---" if i < section.names else "---:" for i in range(len(section.headings))]
-    return [rows[0], f"| {' | '.join(rule)} |", *rows[1:]]
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
