@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.browser import CHROMIUM, Browser, browsing, write_png
+from tests.page_scripts import CONTRAST, FIRST_ANSWER_LATE, SPY, WITNESS
 from tests.scripted_model import ASKED, write_scripted_bundle
 from tests.test_serve_command import started
 
@@ -27,19 +28,6 @@ MARKUP = "<b>bold</b><img src=x onerror=\"document.title='taken'\"><script>docum
 SENTENCES = (" Here it is. ", "It jumps. ")
 # It thinks, answers, and then never stops by itself.
 SCRIPT = dict(pairwise([ASKED, "<think>", THOUGHT, "</think>", MARKUP, *SENTENCES, SENTENCES[0]]))
-# Records what the page sends.
-SPY = """(() => {
-  window.sent = []; window.lengths = new Set(); window.polls = 0;
-  const real = window.fetch;
-  window.fetch = (path, options) => {
-    if (options?.body) window.sent.push(JSON.parse(options.body));
-    if (path === "stats") window.polls += 1;
-    return real(path, options);
-  };
-  new MutationObserver(() => {
-    window.lengths.add(document.querySelector("article:last-of-type > .said")?.textContent.length ?? 0);
-  }).observe(document.querySelector("#log"), {subtree: true, childList: true, characterData: true});
-})()"""
 REPLY = "article.assistant:last-of-type"
 DONE = f"document.querySelector('{REPLY} .note')?.textContent && !document.querySelector('#send').hidden"
 
@@ -206,17 +194,6 @@ def others_busy(url: str) -> Iterator[None]:
         asking.join()
 
 
-WITNESS = """
-window.saw = {running: false, described: false, rate: 0};
-new MutationObserver(() => {
-  const load = document.querySelectorAll("#figures figure")[3];
-  saw.running ||= Number(load?.querySelector("strong").textContent) > 0;
-  saw.described ||= /running: [1-9]/.test(load?.querySelector("desc")?.textContent);
-  saw.rate = Math.max(saw.rate, Number(document.querySelector("#figures strong").textContent.replaceAll(",", "")) || 0);
-}).observe(document.querySelector("#figures"), {subtree: true, childList: true, characterData: true});
-"""
-
-
 def test_charts_show_what_stats_says(page: Browser, url: str) -> None:
     choose(page, temperature=0, max_tokens=4000)
     page.open(url)
@@ -329,39 +306,6 @@ def test_a_screen_reader_finds_its_way(page: Browser) -> None:
     assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
 
 
-# The lowest contrast of a text with the first opaque background behind it (WCAG 2.2, 1.4.3), and what text that is.
-CONTRAST = """(() => {
-  const parse = (colour) => (colour.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
-  const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
-    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
-      if (a === 1) return [r, g, b];
-    }
-    return [255, 255, 255];
-  };
-  let lowest = [99, ""], count = 0;
-  const judge = (element, colour, text) => {
-    const [a, b] = [light(parse(colour)), light(behind(element))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    count += 1;
-    if (ratio < lowest[0]) lowest = [ratio, text];
-  };
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node; (node = walker.nextNode()); ) {
-    const element = node.parentElement, style = getComputedStyle(element);
-    const isUnseen = !element.checkVisibility() || element.closest("title, desc, option, .hidden-label");
-    if (!node.data.trim() || isUnseen) continue;
-    judge(element, element.namespaceURI.endsWith("svg") ? style.fill : style.color, node.data);
-  }
-  const field = document.querySelector("#message");
-  judge(field, getComputedStyle(field, "::placeholder").color, "placeholder");
-  return [...lowest, count];
-})()"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_readable_in_both_schemes_and_fits_a_phone(page: Browser, scheme: str) -> None:
     page.prefer(color_scheme=scheme)
@@ -408,25 +352,6 @@ def test_refusals_are_one_sentence_and_lose_nothing(page: Browser, url: str) -> 
     say(page, "Keep me")
     assert page.run("document.querySelector('#settings').open && document.activeElement.name") == "temperature"
     page.problems[:] = [problem for problem in page.problems if "status of 400" not in problem]
-
-
-FIRST_ANSWER_LATE = """(() => {
-  const plain = window.fetch;
-  let held = null;
-  window.letThrough = async () => {
-    held.release();
-    await held.answer;
-    await new Promise((resolve) => setTimeout(resolve, 200));
-  };
-  window.fetch = async (path, options) => {
-    const answer = plain(path, options);
-    if (path === "v1/models" && held === null) {
-      held = {answer};
-      await new Promise((resolve) => { held.release = resolve; });
-    }
-    return answer;
-  };
-})()"""
 
 
 def test_a_key_is_asked_for_and_a_server_that_ends_is_noticed(bundle: Path, browser: Browser) -> None:
