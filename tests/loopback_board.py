@@ -33,6 +33,11 @@ case "$1 $2" in "-m venv")
   for folder in "$venv"/lib/python3*/site-packages; do echo "{packages}" >"$folder/system.pth"; done ;;
 esac
 """
+# That of a board without packages: nor do its environments see those that this machine's Python may have.
+_BARE_PYTHON = """#!/bin/sh
+for word; do shift; [ "$word" = --system-site-packages ] || set -- "$@" "$word"; done
+exec "{python}" "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,16 @@ def _environment() -> dict[str, str]:
 
 
 @contextmanager
-def loopback_board(folder: Path) -> Iterator[LoopbackBoard]:
-    """Up for as long as the context lasts."""
+def loopback_board(folder: Path, *, bare: bool = False) -> Iterator[LoopbackBoard]:
+    """Up for as long as the context lasts; a bare one has Python and no packages."""
     assert SSHD is not None
     home, commands = folder / "home", folder / "bin"
     home.mkdir(parents=True)
     shutil.copytree(COMMANDS, commands)
     packages = sysconfig.get_paths()["purelib"]
     python = commands / "python3"
-    python.write_text(_PYTHON.format(python=getattr(sys, "_base_executable", sys.executable), packages=packages))
+    script = _BARE_PYTHON if bare else _PYTHON
+    python.write_text(script.format(python=getattr(sys, "_base_executable", sys.executable), packages=packages))
     python.chmod(0o755)
     (home / "power-mode").write_text("2\n")
     (home / "clock-state").write_text("free\n")
