@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -14,6 +15,20 @@ from tests.synthetic import smollm2_gguf_path, tiny_config, write_hf_checkpoint
 
 # A suite started in the background inherits an ignored Ctrl-C, and so would the commands it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Hundreds of commands are started, and the sources need not be compiled for each of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_configure() -> None:
+    """Each of pytest-xdist's workers keeps to its share of the cores, and so do the commands that it starts.
+
+    Threads of a step spin while they wait for one another; on a core that another worker has, that is most of the time.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        if share := cores[int(worker.removeprefix("gw")) :: count]:
+            os.sched_setaffinity(0, share)
 
 
 # Minutes each: first, so that two workers end together.

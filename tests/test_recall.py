@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(bundle: Path) -> Score:
     """score(length, options...): percent of the value words that greedy replies have right."""
 
+    @cache
     def measure(length: int, *options: str) -> float:
         workload = ["--tasks", "niah_single", "--lengths", str(length), "--samples", str(QUESTIONS)]
         result = edge(
