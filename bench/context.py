@@ -1,6 +1,6 @@
 """Speed over the length of the context: our sparse (InfLLM-V2) and dense attention beside llama.cpp's.
 
-    python -m bench.context                              # 512 to 128K tokens, about 25 minutes
+    python -m bench.context                              # 512 to 128K tokens, half an hour or more
 
 Two tables and a plot. Beside llama.cpp: real prompts, engines in turns, a process a measurement; over 8K tokens the
 prompt takes llama.cpp too long, so both run a version of the shape with two layers, and the row says so. Over context:
@@ -28,7 +28,7 @@ from rich.table import Table
 from bench.checkpoints import prepare
 from bench.context_plot import Lines, context_svg
 from bench.decode_bytes import weight_bytes
-from bench.peers import Measured, llama_modes, measure_llama, measure_ours, print_table, take_turns
+from bench.peers import Measured, llama_modes, measure_llama, measure_ours, print_table, run_llama, take_turns
 from bench.weight_bytes import prepare_bundle
 from build_engine.export import ExportOptions
 from build_engine.formats import WeightFormat
@@ -117,9 +117,7 @@ def measure_filled_llama(gguf: Path, contexts: Sequence[int], steps: int, rounds
     for _ in range(rounds):
         for name, context in values:
             task = {"model": str(gguf), "context": context, "new_tokens": steps, "flash": LLAMA[name]}
-            command = [sys.executable, "-m", "bench.llama_cpp_filled", json.dumps({**task, "threads": threads})]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            values[name, context].append(json.loads(output.splitlines()[-1])["decode"])
+            values[name, context].append(run_llama("bench.llama_cpp_filled", {**task, "threads": threads})["decode"])
     return {case: median(rates) for case, rates in values.items()}
 
 

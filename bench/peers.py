@@ -12,6 +12,7 @@ step. Needs the extra `bench`.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +35,7 @@ from edge.bundle import open_bundle
 from edge.models import MINICPM4_05B
 
 OURS = {"int4": INT4, "ternary": TERNARY}
+WITHOUT_AMX = "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON'"
 PEER = {"int4": "Q4_0", "ternary": "TQ2_0, Q8_0 head"}
 
 
@@ -69,9 +71,20 @@ def measure_ours(
 def measure_llama(model: Path, flash: bool, context: int, new_tokens: int, repeat: int, threads: int) -> dict:
     """llama.cpp in its own process."""
     task = {"model": str(model), "flash": flash, "prompt_tokens": context, "new_tokens": new_tokens}
-    arguments = json.dumps({**task, "repeat": repeat, "threads": threads})
-    command = [sys.executable, "-m", "bench.llama_cpp_worker", arguments]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return run_llama("bench.llama_cpp_worker", {**task, "repeat": repeat, "threads": threads})
+
+
+def run_llama(module: str, task: Mapping[str, Any]) -> Any:
+    """What a worker with llama.cpp says to a task, as JSON values."""
+    done = subprocess.run([sys.executable, "-m", module, json.dumps(task)], capture_output=True, text=True)
+    if done.returncode == -signal.SIGILL:
+        sys.exit(
+            "llama.cpp was built for instructions that this machine does not execute, as AMX on some virtual ones; "
+            f"build it again: {WITHOUT_AMX} pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        )
+    if done.returncode:
+        sys.exit(f"{module} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def take_turns(engines: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, Measured]:
