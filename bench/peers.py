@@ -35,8 +35,10 @@ from edge.bundle import open_bundle
 from edge.models import MINICPM4_05B
 
 OURS = {"int4": INT4, "ternary": TERNARY}
-WITHOUT_AMX = "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON'"
 PEER = {"int4": "Q4_0", "ternary": "TQ2_0, Q8_0 head"}
+WITHOUT_AMX = (
+    "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON'"
+)
 
 
 def llama_modes(weights: str) -> dict[str, bool]:

@@ -237,6 +237,8 @@ def test_markdown_tables_keep_their_columns() -> None:
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1
     assert r"a\|b\*c" in said and "no device was used" in said
+    assert re.search(r"\| \d+ \(\d+ to \d+\) \|", tables[0][2]), "a median has its spread in brackets"
+    assert [table[1].count(":---") for table in tables] == [0, 1, 0, 0, 1], "names are to the left"
 
 
 # ---- HTML --------------------------------------------------------------------------------------------------

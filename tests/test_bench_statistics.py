@@ -26,6 +26,14 @@ def test_students_t_is_scipys(t: float, degrees: float, probability: float) -> N
     assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "published"),
+    [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (15, 2.131), (30, 2.042), (60, 2.000), (120, 1.980)],
+)
+def test_students_quantiles_match_the_published_table(degrees: int, published: float) -> None:
+    assert t_quantile(0.975, degrees) == pytest.approx(published, abs=6e-4)
+
+
 @settings(deadline=None)
 @given(speeds, speeds)
 def test_welchs_test_is_scipys(baseline: list[float], candidate: list[float]) -> None:
